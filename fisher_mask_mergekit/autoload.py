@@ -1,0 +1,61 @@
+"""Makes mergekit know ``fisher_mask`` without being asked: a post-import hook, standard library only.
+
+mergekit 0.1.5 has no plug-in discovery. torch (>= 2.5) calls every entry point of the group
+``torch.backends`` at the end of ``import torch``, and mergekit imports torch before its own registry;
+so :func:`install`, called there, only has to wait for the registry. Whatever goes wrong is logged and
+never raised: torch refuses to import if an entry point raises.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_REGISTRY = "mergekit.merge_methods.registry"
+
+
+def install() -> None:
+    """Register ``fisher_mask`` with mergekit now if it is loaded, else right after it loads its registry.
+
+    Safe to call any number of times; never raises.
+    """
+    registry = sys.modules.get(_REGISTRY)
+    if registry is not None and hasattr(registry, "register"):
+        _register(registry)
+    elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegistryFinder())
+
+
+class _RegistryFinder(MetaPathFinder):
+    """Finds mergekit's registry as the other finders do, and has it call :func:`_register` once executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(registry: ModuleType) -> None:
+    try:
+        method = importlib.import_module("fisher_mask_mergekit.method").fisher_mask
+        if method not in registry.registered_methods():
+            registry.register(method)
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "mergekit will not know the merge method 'fisher_mask': %s: %s", type(error).__name__, error
+        )

@@ -1,0 +1,172 @@
+"""A checkpoint as files: where it lies, which revision it is, and what its tensors hold."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fisher_mask_mergekit.errors import CheckpointError
+
+# The same files that mergekit fetches, and vocabularies; a published sidecar comes along.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_LEGACY_NAMES = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        name: As the user named it: a local folder, or a hub id with or without ``@revision``.
+        folder: Where its files are.
+        revision: The hub's commit, None for a local folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def locate(name: str) -> Checkpoint:
+    """Find a checkpoint's files; download them if it is a hub id.
+
+    Args:
+        name: Local folder, or hub id with or without ``@revision``.
+
+    Raises:
+        CheckpointError: If it is neither, or has no configuration or weights.
+    """
+    if "+" in name and not Path(name).exists():
+        raise CheckpointError(f"{name} applies an adapter; merge it into its base first and name the result")
+    path, _, wanted = name.partition("@")
+    if Path(name).is_dir() or (not wanted and Path(path).is_dir()):
+        checkpoint = Checkpoint(name, Path(name), None)
+    elif Path(name).exists():
+        raise CheckpointError(f"{name} is a file; a checkpoint is a folder or a hub id")
+    else:
+        try:
+            folder = Path(snapshot_download(path, revision=wanted or None, allow_patterns=_HUB_FILES))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(path, revision=wanted or None, allow_patterns=["*.bin"]))
+        except Exception as error:  # The hub library raises its own, the HTTP library's and ValueErrors.
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{name} is neither a folder here nor a checkpoint to be had from the hub: {reason}"
+            ) from error
+        checkpoint = Checkpoint(name, folder, folder.name)
+    if not (checkpoint.folder / "config.json").is_file():
+        raise CheckpointError(f"{name} has no config.json (looked in {checkpoint.folder})")
+    return checkpoint
+
+
+def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's ``config.json``.
+
+    Raises:
+        CheckpointError: If it is not a JSON object.
+    """
+    try:
+        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.name}: config.json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{checkpoint.name}: config.json is not a JSON object")
+    return config
+
+
+def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors, without reading their values.
+
+    Names that transformers still reads but renames (``LayerNorm.gamma``) are given as it renames them.
+
+    Raises:
+        CheckpointError: If there are no weights, or they cannot be read.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(checkpoint):
+        with _open(checkpoint, file) as tensors:
+            shapes |= {_modern(name): tuple(tensors.shape(name)) for name in tensors.names()}
+    return shapes
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors as they are stored, one at a time and in no particular order.
+
+    Raises:
+        CheckpointError: If one is missing, or the weights cannot be read.
+    """
+    wanted = set(names)
+    for file in _weight_files(checkpoint):
+        with _open(checkpoint, file) as tensors:
+            for name in tensors.names():
+                if _modern(name) in wanted:
+                    wanted.discard(_modern(name))
+                    yield _modern(name), tensors.read(name)
+    if wanted:
+        raise CheckpointError(f"{checkpoint.name} has no tensor {min(wanted)} in its weight files")
+
+
+def _modern(name: str) -> str:
+    for modern, legacy in _LEGACY_NAMES.items():
+        if name.endswith(legacy):
+            return name.removesuffix(legacy) + modern
+    return name
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """The weight files that mergekit and transformers would read."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = checkpoint.folder / f"{stem}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [checkpoint.folder / Path(name).name for name in names]
+        if (checkpoint.folder / stem).is_file():
+            return [checkpoint.folder / stem]
+    raise CheckpointError(f"{checkpoint.name} has no model.safetensors or pytorch_model.bin")
+
+
+class _Safetensors:
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def names(self) -> Iterable[str]:
+        return self._handle.keys()
+
+    def shape(self, name: str) -> list[int]:
+        return self._handle.get_slice(name).get_shape()
+
+    def read(self, name: str) -> Tensor:
+        return self._handle.get_tensor(name)
+
+
+class _Pickled:
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def names(self) -> Iterable[str]:
+        return self._state.keys()
+
+    def shape(self, name: str) -> Iterable[int]:
+        return self._state[name].shape
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+@contextmanager
+def _open(checkpoint: Checkpoint, file: Path) -> Iterator[_Safetensors | _Pickled]:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as handle:
+                yield _Safetensors(handle)
+        else:
+            yield _Pickled(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.name}: cannot read {file.name}: {error}") from error

@@ -1,0 +1,241 @@
+"""The command ``mergekit-fisher``: the only place that prints and exits."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fisher_mask_mergekit import __version__
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
+
+if TYPE_CHECKING:
+    from fisher_mask_mergekit.prepass import Outcome
+    from fisher_mask_mergekit.settings import FisherSettings
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Measure the Fisher information of mask nodes, for mergekit's merge method fisher_mask.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def compute(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yml), a checkpoint's folder or its hub id."),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data set: path[:config[:split]][@revision], or a .jsonl, .csv or .parquet file."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples to draw. [default: 128]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw. [default: 0]")] = None,
+    text: Annotated[str | None, typer.Option(help="Text column, or two with a comma between.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    label_map: Annotated[
+        str | None, typer.Option(help="The data's labels to the checkpoint's: 'neg=0,pos=1'.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per sample at most. [default: the checkpoint's limit, at most 512]"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per batch. [default: 32]")] = None,
+    estimator: Annotated[
+        Literal["sample", "batch"] | None,
+        typer.Option(
+            help="Squared per-sample gradients, or the released code's squared batch gradients. [default: sample]"
+        ),
+    ] = None,
+    mask_placement: Annotated[
+        Literal["post", "pre"] | None,
+        typer.Option(help="Neuron mask after or before the activation. [default: post]"),
+    ] = None,
+    labels: Annotated[
+        Literal["data", "sampled", "exact"] | None,
+        typer.Option(
+            help="Labels of the data, drawn from the model, or the expectation over all. [default: data]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float64"] | None,
+        typer.Option(help="Dtype of the weights. [default: float32]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run. [default: cuda, else xpu, mps, cpu]")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the sidecar (one model only). [default: beside a local checkpoint, else the cache]"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again even if the same was measured before.")
+    ] = False,
+) -> None:
+    """Measure the checkpoints of a recipe, or one checkpoint, and write their sidecars."""
+    given = {
+        "data": data,
+        "samples": samples,
+        "seed": seed,
+        "text": text and (tuple(text.split(",")) if "," in text else text),
+        "label": label,
+        "label_map": label_map and _parse_label_map(label_map),
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "estimator": estimator,
+        "mask_placement": mask_placement,
+        "labels": labels,
+        "dtype": dtype,
+    }
+    overrides = {name: value for name, value in given.items() if value is not None}
+    with _errors():
+        wanted = list(_requests(target, overrides, out))
+        from fisher_mask_mergekit import prepass
+
+        where = prepass.pick_device(device)
+        for name, settings, path in wanted:
+            with _progress(name) as (on_start, on_batch):
+                outcome = prepass.compute(
+                    name, settings, device=where, out=path, force=force, on_start=on_start, on_batch=on_batch
+                )
+            _report(name, outcome)
+
+
+def _requests(
+    target: str, overrides: dict[str, Any], out: Path | None
+) -> Iterator[tuple[str, "FisherSettings", Path | None]]:
+    """What to measure: model, settings, and where to write if not to the usual place."""
+    from pydantic import ValidationError
+
+    from fisher_mask_mergekit.recipe import METHOD, describe, read_recipe
+    from fisher_mask_mergekit.settings import FisherSettings
+
+    if Path(target).suffix not in (".yml", ".yaml") and not Path(target).is_file():
+        if "data" not in overrides:
+            raise RecipeError(
+                f"say what to measure {target} on:  mergekit-fisher compute {target} --data DATASET"
+            )
+        try:
+            yield target, FisherSettings.model_validate(overrides), out
+        except ValidationError as error:
+            raise RecipeError(describe(error)) from error
+        return
+    recipe = read_recipe(Path(target), overrides)
+    if recipe.method != METHOD:
+        _say(f"{target}: merge_method is {recipe.method}, which uses no sidecars; measuring all the same")
+    measurable = [model for model in recipe.models if model.settings is not None]
+    for model in recipe.models:
+        if model.settings is None and model.sidecar:
+            _say(f"{model.name}: has a sidecar in the recipe and no data; left as it is")
+        elif model.settings is None and not (model.is_base and model.weight is None):
+            raise RecipeError(
+                f"{target}: {model.name} has no data; add  fisher: {{data: DATASET}}  beside it"
+            )
+    if out is not None and len(measurable) > 1:
+        raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
+    for model in measurable:
+        assert model.settings is not None
+        yield model.name, model.settings, out or (Path(model.sidecar).expanduser() if model.sidecar else None)
+
+
+def _parse_label_map(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(key.strip() and sign and value.strip() for key, sign, value in pairs):
+        raise typer.BadParameter(
+            "expected DATA=CHECKPOINT pairs with commas between", param_hint="--label-map"
+        )
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[tuple[Any, Any]]:
+    """A bar on standard error with samples, tokens per second and remaining time."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples, {task.fields[speed]:,.0f} tokens/s,"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(name, total=None, speed=0.0)
+        started = time.perf_counter()
+        tokens = 0
+
+        def on_start(samples: int) -> None:
+            nonlocal started
+            started = time.perf_counter()
+            bar.update(task, total=samples)
+
+        def on_batch(batch: Any) -> None:
+            nonlocal tokens
+            mask = batch.inputs.get("attention_mask", batch.inputs["input_ids"])
+            tokens += int(mask.count_nonzero())
+            bar.update(task, advance=len(batch.index), speed=tokens / (time.perf_counter() - started))
+
+        yield on_start, on_batch
+
+
+def _report(name: str, outcome: "Outcome") -> None:
+    for note in outcome.notes:
+        _say(note)
+    metadata = outcome.sidecar.metadata
+    how = "measured before" if outcome.served else f"{outcome.seconds:.1f} s on {metadata.device}"
+    print(
+        f"{name}: {metadata.samples} samples, accuracy {metadata.accuracy:.3f}, loss {metadata.loss:.4f}, "
+        f"{how}, {outcome.path}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what a user can cause into one message and an exit code."""
+    try:
+        yield
+    except FisherMaskError as error:
+        _say(f"{type(error).__name__}: {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        _say("interrupted; no unfinished file was left")
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""From a data set's name to samples: loading, columns, labels, the draw, and token batches."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy
+import torch
+
+from fisher_mask_mergekit.errors import DataError
+from fisher_mask_mergekit.fisher import Batch
+from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.sidecar import DataRecord
+
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("text_a", "text_b"),
+    ("sentence",),
+    ("text",),
+    ("sentence1",),
+    ("text_a",),
+)
+LABEL_COLUMNS = ("label", "labels")
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A parsed ``path[:config[:split]][@revision]``.
+
+    Attributes:
+        path: Hub id, or local file or folder.
+        config: The data set's configuration.
+        split: ``train`` if not given.
+        revision: Branch, tag or commit on the hub.
+    """
+
+    path: str
+    config: str | None
+    split: str
+    revision: str | None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data lies on this machine."""
+        return Path(self.path).exists()
+
+
+def parse_spec(text: str) -> DataSpec:
+    """Parse a data set's name as the user wrote it; a path that exists is taken as it is.
+
+    Raises:
+        DataError: If it has too many parts.
+    """
+    if Path(text).exists():
+        return DataSpec(text, None, "train", None)
+    body, _, revision = text.partition("@")
+    parts = body.split(":")
+    if len(parts) > 3 or not parts[0]:
+        raise DataError(f"data '{text}' is not of the form path[:config[:split]][@revision]")
+    path, config, split = (parts + ["", ""])[:3]
+    return DataSpec(path, config or None, split or "train", revision or None)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The drawn samples.
+
+    Attributes:
+        texts: One or two texts each.
+        labels: Indices of the checkpoint's labels.
+        record: Where they came from.
+        asked: How many were asked for; more than there are if the data set is smaller.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: list[int]
+    record: DataRecord
+    asked: int
+
+
+def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Samples:
+    """Draw the samples that a request asks for.
+
+    Args:
+        settings: The request; ``data`` must be given.
+        label2id: The checkpoint's label names and indices.
+
+    Raises:
+        DataError: If the data cannot be read, has no usable columns or rows, or labels that the checkpoint
+            does not have.
+    """
+    spec = parse_spec(settings.data or "")
+    table = _load(spec)
+    if len(table) == 0:
+        raise DataError(f"data '{settings.data}' has no rows")
+    text, label = _columns(table.column_names, settings)
+    order = numpy.random.default_rng(settings.seed).permutation(len(table))[: settings.samples]
+    rows = table.select(order)
+    texts = list(zip(*(_texts(rows[column], column, settings.data) for column in text), strict=True))
+    raw = list(rows[label])
+    mapping = _label_mapping(raw, table.features[label], label2id, settings)
+    digest = hashlib.sha256()
+    for words, value in zip(texts, raw, strict=True):
+        digest.update(json.dumps([*words, mapping[value]]).encode() + b"\n")
+    record = DataRecord(
+        split=spec.split,
+        revision=None if spec.is_local else _hub_revision(spec),
+        text=text,
+        label=label,
+        label_map={
+            str(_label_name(table.features[label], value)): mapping[value] for value in sorted(mapping)
+        },
+        rows=len(table),
+        digest=digest.hexdigest(),
+    )
+    return Samples(texts, [mapping[value] for value in raw], record, settings.samples)
+
+
+def _load(spec: DataSpec) -> datasets.Dataset:
+    path = Path(spec.path)
+    local_file = path.suffix in _LOADERS or path.is_file()
+    if local_file and not path.is_file():
+        raise DataError(f"there is no data file {spec.path}")
+    if local_file and path.suffix not in _LOADERS:
+        raise DataError(
+            f"{spec.path}: expected one of {', '.join(_LOADERS)}, or a folder that datasets wrote"
+        )
+    try:
+        if local_file:
+            return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+        if (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(spec.path)[spec.split]
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(spec.path)
+        return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
+    except Exception as error:  # datasets raises its own, pyarrow's, the hub's and built-in errors.
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise DataError(f"cannot load data '{spec.path}' (split {spec.split}): {reason}") from error
+
+
+def _hub_revision(spec: DataSpec) -> str | None:
+    """The data set's commit; what the user asked for if the hub cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(spec.path, revision=spec.revision, timeout=10).sha
+    except Exception:  # Offline, or not a hub data set: the data itself was read from the local cache.
+        return spec.revision
+
+
+def _columns(names: Sequence[str], settings: FisherSettings) -> tuple[tuple[str, ...], str]:
+    there = f"its columns are {', '.join(names)}"
+    if settings.text is not None:
+        text = (settings.text,) if isinstance(settings.text, str) else settings.text
+    else:
+        text = next((known for known in TEXT_COLUMNS if all(name in names for name in known)), ())
+    if not text:
+        raise DataError(f"no text column found in '{settings.data}'; {there}; name it with text")
+    label = settings.label or next((name for name in LABEL_COLUMNS if name in names), None)
+    if label is None:
+        raise DataError(f"no label column found in '{settings.data}'; {there}; name it with label")
+    missing = [name for name in (*text, label) if name not in names]
+    if missing:
+        raise DataError(f"'{settings.data}' has no column '{missing[0]}'; {there}")
+    return tuple(text), label
+
+
+def _texts(column: Sequence[Any], name: str, data: str | None) -> list[str]:
+    for value in column:
+        if not isinstance(value, str):
+            raise DataError(f"'{data}': column '{name}' holds {type(value).__name__}, expected text")
+    return list(column)
+
+
+def _label_mapping(
+    raw: Sequence[Any], feature: Any, label2id: Mapping[str, int], settings: FisherSettings
+) -> dict[Any, int]:
+    """From the labels that occur in the draw to the checkpoint's indices."""
+    refused = [value for value in raw if value is None or (isinstance(value, int) and value < 0)]
+    if refused:
+        raise DataError(
+            f"'{settings.data}': {len(refused)} of {len(raw)} drawn rows have label {refused[0]}, that is, none; "
+            "use a labelled split, or drop those rows"
+        )
+    if not all(isinstance(value, int | str) for value in raw):
+        raise DataError(f"'{settings.data}': labels are neither whole numbers nor names: {raw[0]!r:.80}")
+    checkpoint = {_normalise(name): index for name, index in label2id.items()}
+    mapping = {}
+    for value in set(raw):
+        name = _label_name(feature, value)
+        if settings.label_map is not None:
+            index = _mapped(value, name, settings.label_map, checkpoint)
+        elif (
+            isinstance(name, str)
+            and not name.isdigit()
+            and (_has_names(label2id) or not isinstance(value, int))
+        ):
+            index = checkpoint.get(_normalise(name))
+        else:
+            index = int(value) if str(value).isdigit() else None
+        if index is None or index not in label2id.values():
+            raise DataError(
+                f"'{settings.data}': label {name!r} has no counterpart among the checkpoint's labels "
+                f"({', '.join(f'{key}={index}' for key, index in list(label2id.items())[:20])}); say which with label_map"
+            )
+        mapping[value] = index
+    return mapping
+
+
+def _mapped(
+    value: Any, name: Any, label_map: Mapping[str | int, str | int], checkpoint: Mapping[str, int]
+) -> int | None:
+    target = next((label_map[key] for key in (name, value, str(value)) if key in label_map), None)
+    if isinstance(target, str):
+        return checkpoint.get(_normalise(target), int(target) if target.isdigit() else None)
+    return target
+
+
+def _label_name(feature: Any, value: Any) -> Any:
+    return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else value
+
+
+def _normalise(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def _has_names(label2id: Mapping[str, int]) -> bool:
+    return not all(re.fullmatch(r"LABEL_\d+", name) for name in label2id)
+
+
+def token_batches(
+    samples: Samples,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_size: int,
+    by_length: bool,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Tokenise, pad on the right and batch.
+
+    Args:
+        samples: What to batch.
+        tokenizer: The checkpoint's own.
+        max_length: Tokens per sample at most; longer ones are truncated.
+        batch_size: Samples per batch.
+        by_length: Whether to put samples of like length together, longest first, instead of in the
+            order drawn: less padding, and a lack of memory shows at once.
+        device: Where the batches go.
+    """
+    tokenizer.padding_side = "right"
+    encoded = [
+        tokenizer(*words, truncation=True, max_length=max_length, padding=False) for words in samples.texts
+    ]
+    order = list(range(len(encoded)))
+    if by_length:
+        order.sort(key=lambda index: -len(encoded[index]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        rows = [encoded[i] for i in index]
+        padded = (
+            tokenizer.pad(rows, return_tensors="pt")
+            if len(rows) > 1
+            else rows[0].convert_to_tensors("pt", True)
+        )
+        yield Batch(
+            inputs={name: tensor.to(device) for name, tensor in padded.items()},
+            labels=torch.tensor([samples.labels[i] for i in index], device=device),
+            index=tuple(index),
+        )

@@ -1,0 +1,53 @@
+"""What to measure and how: the keys under ``fisher:`` in a recipe, and the options of ``compute``."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Estimator = Literal["sample", "batch"]
+MaskPlacement = Literal["post", "pre"]
+Labels = Literal["data", "sampled", "exact"]
+WeightDtype = Literal["float32", "bfloat16", "float64"]
+
+
+class FisherSettings(BaseModel):
+    """One request for a measurement, as the user wrote it. Unknown keys are an error.
+
+    Attributes:
+        data: Data set: ``path[:config[:split]][@revision]`` on the hub, or a local file or folder.
+        samples: How many samples to draw, without replacement.
+        seed: Seed of that draw, and of the labels with ``labels: sampled``.
+        text: Text column, or two for pairs; found by convention if not given.
+        label: Label column; found by convention if not given.
+        label_map: The data's label (name or index) to the checkpoint's (name or index).
+        max_length: Tokens per sample at most; the checkpoint's own limit, at most 512, if not given.
+        batch_size: Samples per batch. Part of the definition with ``estimator: batch``, else only of speed.
+        estimator: ``sample``, squares of per-sample gradients, mean over samples (eq. 4); or ``batch``,
+            squares of the gradient of each batch's mean loss, summed over batches (the released code).
+        mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
+        labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels.
+        dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str | None = Field(default=None, min_length=1)
+    samples: int = Field(default=128, ge=1)
+    seed: int = Field(default=0, ge=0)
+    text: str | tuple[str, str] | None = None
+    label: str | None = None
+    label_map: dict[str | int, str | int] | None = None
+    max_length: int | None = Field(default=None, ge=2)
+    batch_size: int = Field(default=32, ge=1)
+    estimator: Estimator = "sample"
+    mask_placement: MaskPlacement = "post"
+    labels: Labels = "data"
+    dtype: WeightDtype = "float32"
+
+    @model_validator(mode="after")
+    def _combinable(self) -> "FisherSettings":
+        if self.estimator == "batch" and self.labels == "exact":
+            raise ValueError(
+                "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
+            )
+        return self
