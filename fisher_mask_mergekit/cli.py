@@ -123,6 +123,50 @@ def compute(
             _report(name, outcome)
 
 
+@app.command()
+def init(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoints: folders or hub ids.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="What to measure a checkpoint on; repeat it, in the checkpoints' order."),
+    ] = None,
+) -> None:
+    """Print a recipe that merges the given checkpoints, also where their heads differ."""
+    with _errors():
+        from fisher_mask_mergekit.draft import draft_recipe
+
+        print(draft_recipe(models, data or ()), end="")
+
+
+@app.command()
+def heads(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="What was merged.")],
+    merged: Annotated[str, typer.Argument(metavar="MERGED", help="The merged folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Gets a folder per model of the recipe.")],
+    pooler: Annotated[
+        Literal["own", "average"], typer.Option(help="Each task's own pooler, or the mean of all.")
+    ] = "own",
+) -> None:
+    """Write a complete checkpoint per task: the merged encoder with the task's own head."""
+    with _errors():
+        from fisher_mask_mergekit.heads import write_heads
+        from fisher_mask_mergekit.recipe import read_recipe
+
+        for folder in write_heads(read_recipe(recipe), merged, out, pooler):
+            print(folder)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to work; must not exist.")] = Path("demo"),
+) -> None:
+    """Train, measure, merge and compare, on bundled text; a few minutes on two cores, no network."""
+    with _errors():
+        from fisher_mask_mergekit.demo import run_demo
+
+        run_demo(out, say=print)
+
+
 def _requests(
     target: str, overrides: dict[str, Any], out: Path | None
 ) -> Iterator[tuple[str, "FisherSettings", Path | None]]:

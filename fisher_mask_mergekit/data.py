@@ -66,7 +66,7 @@ def parse_spec(text: str) -> DataSpec:
     parts = body.split(":")
     if len(parts) > 3 or not parts[0]:
         raise DataError(f"data '{text}' is not of the form path[:config[:split]][@revision]")
-    path, config, split = (parts + ["", ""])[:3]
+    path, config, split = [*parts, "", ""][:3]
     return DataSpec(path, config or None, split or "train", revision or None)
 
 

@@ -1,0 +1,136 @@
+"""A first recipe for given checkpoints: one that mergekit will run."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from fisher_mask_mergekit import store
+from fisher_mask_mergekit.checkpoint import Checkpoint, locate, tensor_shapes
+from fisher_mask_mergekit.errors import CheckpointError, RecipeError
+from fisher_mask_mergekit.heads import describe_head, is_head
+from fisher_mask_mergekit.recipe import METHOD
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def draft_recipe(names: Sequence[str], data: Sequence[str] = ()) -> str:
+    """Write a recipe that merges the given checkpoints.
+
+    Where all tensors agree in shape, a plain ``models:`` list. Where heads differ, mergekit refuses to
+    merge them before any method runs; then full-range ``slices:`` and one empty slice that takes the head of
+    the first checkpoint: last, where mergekit knows the architecture and counts the head among what
+    follows the layers; first, where it infers the architecture and counts it among what precedes them.
+
+    Args:
+        names: Local folders or hub ids, the one whose head and configuration the merge gets first.
+        data: What to measure each on, in the same order; may be shorter.
+
+    Returns:
+        YAML.
+
+    Raises:
+        CheckpointError: If the checkpoints differ in more than their heads.
+        RecipeError: If a checkpoint is named twice, or there are more data sets than checkpoints.
+    """
+    if len(set(names)) != len(names):
+        raise RecipeError("a checkpoint is named twice")
+    if len(data) > len(names):
+        raise RecipeError(f"got {len(data)} data sets for {len(names)} checkpoints")
+    checkpoints = [locate(name) for name in names]
+    # mergekit looks a relative path up on the hub when it writes the model card, and fails offline.
+    names = [
+        name if found.revision else str(found.folder.resolve())
+        for name, found in zip(names, checkpoints, strict=True)
+    ]
+    shapes = [tensor_shapes(checkpoint) for checkpoint in checkpoints]
+    unequal = _unequal(shapes)
+    entries = [
+        (name, _measurement(checkpoint, data[index] if index < len(data) else None))
+        for index, (name, checkpoint) in enumerate(zip(names, checkpoints, strict=True))
+    ]
+    if not unequal:
+        return _models_recipe(entries)
+    return _slices_recipe(entries, checkpoints, shapes, unequal)
+
+
+def _unequal(shapes: Sequence[Shapes]) -> list[str]:
+    names = dict.fromkeys(name for one in shapes for name in one)
+    return [name for name in names if len({one.get(name) for one in shapes}) > 1]
+
+
+def _measurement(checkpoint: Checkpoint, data: str | None) -> str:
+    if data is None and store.find(checkpoint) is not None:
+        return ""
+    if data is None:
+        return "fisher: {data: DATASET}  # fill in: what this checkpoint was fine-tuned on"
+    return f"fisher: {{data: {json.dumps(data)}}}"
+
+
+def _models_recipe(entries: Sequence[tuple[str, str]]) -> str:
+    lines = [f"merge_method: {METHOD}", "models:"]
+    for name, measurement in entries:
+        lines += [f"  - model: {json.dumps(name)}"]
+        lines += [f"    {measurement}"] if measurement else []
+        lines += ["    parameters: {weight: 1.0}"]
+    # Without a base model, mergekit takes the configuration from an arbitrary input.
+    lines += [f"base_model: {json.dumps(entries[0][0])}  # whose configuration and tokenizer the merge gets"]
+    return "\n".join([*lines, *_DEFAULTS, ""])
+
+
+def _slices_recipe(
+    entries: Sequence[tuple[str, str]],
+    checkpoints: Sequence[Checkpoint],
+    shapes: Sequence[Shapes],
+    unequal: Sequence[str],
+) -> str:
+    layers, follows, inferred = _layout(checkpoints[0], shapes[0])
+    beyond = [name for name in unequal if not is_head(name) or (name in shapes[0] and name not in follows)]
+    if beyond:
+        listed = "; ".join(f"{name} {[one.get(name, 'none') for one in shapes]}" for name in beyond[:3])
+        raise CheckpointError(f"the checkpoints differ in more than their heads: {listed}")
+    first = json.dumps(entries[0][0])
+    full = ["  - sources:"]
+    for name, measurement in entries:
+        full += [f"      - model: {json.dumps(name)}", f"        layer_range: [0, {layers}]"]
+        full += [f"        {measurement}"] if measurement else []
+        full += ["        parameters: {weight: 1.0}"]
+    edge = 0 if inferred else layers
+    empty = [
+        f"  # No layers: takes from one model {describe_head(sorted(follows))}.",
+        "  - sources:",
+        f"      - {{model: {first}, layer_range: [{edge}, {edge}], parameters: {{weight: 1.0}}}}",
+    ]
+    lines = [
+        f"# The heads differ ({describe_head(unequal)}), and mergekit merges tensors of one shape only.",
+        "# The merge has the head of the first model. For a checkpoint per task, each with its own head:",
+        "#   mergekit-fisher heads RECIPE MERGED OUT",
+        f"merge_method: {METHOD}",
+        f"base_model: {first}  # whose configuration and tokenizer the merge gets",
+        "slices:",
+        *(empty + full if inferred else full + empty),
+    ]
+    return "\n".join([*lines, *_DEFAULTS, ""])
+
+
+_DEFAULTS = ["fisher: {samples: 128, seed: 0}", "dtype: float32"]
+
+
+def _layout(checkpoint: Checkpoint, shapes: Shapes) -> tuple[int, set[str], bool]:
+    """Number of layers, the tensors that an empty slice takes along, and whether mergekit infers them."""
+    from mergekit.architecture import arch_info_for_config
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    architecture = arch_info_for_config(config)
+    loose = {name for name in shapes if _layer_of(name) is None}
+    if architecture is None:
+        return 1 + max(layer for name in shapes if (layer := _layer_of(name)) is not None), loose, True
+    if len(architecture.modules) != 1:
+        raise CheckpointError(
+            f"{checkpoint.name}: mergekit has several modules for it, and slices: takes one"
+        )
+    module = next(iter(architecture.modules.values())).architecture
+    return module.num_layers(config), loose & {weight.name for weight in module.post_weights(config)}, False
+
+
+def _layer_of(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -1,0 +1,145 @@
+"""From one merged encoder, a complete checkpoint per task: the encoder with that task's own head."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_config, read_tensors, tensor_shapes
+from fisher_mask_mergekit.errors import CheckpointError, RecipeError
+from fisher_mask_mergekit.recipe import Recipe, RecipeModel
+
+Pooler = Literal["own", "average"]
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "chat_template*",
+)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to all that follows the encoder: no numbered layer, and no embedding."""
+    parts = name.split(".")
+    return not any(part.isdigit() or "embed" in part for part in parts)
+
+
+def is_pooler(name: str) -> bool:
+    """Whether a head tensor is the pooler's, which sees the encoder's output before the classifier does."""
+    return "pooler" in name.split(".")
+
+
+def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") -> list[Path]:
+    """Write one loadable checkpoint per model of a recipe.
+
+    Each has the merged encoder, and the model's own head, configuration, label names and tokenizer.
+
+    Args:
+        recipe: What was merged.
+        merged: The merged folder.
+        out: Where to write a folder per model; none of them may exist.
+        pooler: ``own``: the pooler is part of the head. ``average``: it is the mean of the recipe's models'
+            poolers, weighted by ``weight``, as the paper's released code has it.
+
+    Returns:
+        The folders, in the recipe's order.
+
+    Raises:
+        RecipeError: If a folder exists, or a weight is not a plain number and ``pooler`` needs it.
+        CheckpointError: If the merged folder lacks a tensor of an encoder, or has another shape for it.
+    """
+    models = [
+        model for model in recipe.models if not (model.is_base and model.weight is None) or model.settings
+    ]
+    folders = [out / name for name in _folder_names([model.name for model in models])]
+    for folder in folders:
+        if folder.exists():
+            raise RecipeError(f"{folder} exists; remove it, or choose another folder")
+    encoder = locate(merged)
+    own = [locate(model.name) for model in models]
+    shapes = tensor_shapes(encoder)
+    for checkpoint in own:
+        _check_encoder(checkpoint, encoder, shapes)
+    average = _average_pooler(models, own) if pooler == "average" else {}
+    for checkpoint, folder in zip(own, folders, strict=True):
+        _write(checkpoint, encoder, shapes, average, folder)
+    return folders
+
+
+def _folder_names(models: list[str]) -> list[str]:
+    short = [model.partition("@")[0].rstrip("/").rpartition("/")[2] for model in models]
+    if len(set(short)) == len(short):
+        return short
+    return [model.strip("/").replace("/", "--") for model in models]
+
+
+def _check_encoder(
+    checkpoint: Checkpoint, encoder: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in tensor_shapes(checkpoint).items():
+        if not is_head(name) and shapes.get(name) != shape:
+            got = shapes.get(name, "no such tensor")
+            raise CheckpointError(
+                f"{encoder.name} is not a merge of {checkpoint.name}: {name}: expected {shape}, got {got}"
+            )
+
+
+def _average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    weights = 0.0
+    for model, checkpoint in zip(models, own, strict=True):
+        weight = model.weight if model.weight is not None else 1.0
+        weights += weight
+        names = [name for name in tensor_shapes(checkpoint) if is_pooler(name)]
+        if not names:
+            raise CheckpointError(f"{checkpoint.name} has no pooler to average")
+        for name, tensor in read_tensors(checkpoint, names):
+            total[name] = total.get(name, 0) + weight * tensor.double()
+    if weights <= 0:
+        raise RecipeError("the models' weights add up to 0; there is no average of their poolers")
+    return {name: tensor / weights for name, tensor in total.items()}
+
+
+def _write(
+    checkpoint: Checkpoint,
+    encoder: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    pooler: Mapping[str, Tensor],
+    folder: Path,
+) -> None:
+    own_shapes = tensor_shapes(checkpoint)
+    state = dict(read_tensors(encoder, (name for name in shapes if name in own_shapes and not is_head(name))))
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    head = dict(read_tensors(checkpoint, (name for name in own_shapes if is_head(name))))
+    for name, tensor in {**head, **pooler}.items():
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    config = read_config(checkpoint) | {"dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        save_torch_state_dict(state, temporary)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for pattern in _TOKENIZER_FILES:
+            for file in checkpoint.folder.glob(pattern):
+                shutil.copy(file, temporary / file.name)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def describe_head(names: Iterable[str], limit: int = 6) -> str:
+    """Module names of the given tensors, for comments and messages."""
+    modules: dict[str, Any] = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+    listed = list(modules)[:limit]
+    return ", ".join(listed) + (f" and {len(modules) - limit} more" if len(modules) > limit else "")
