@@ -160,10 +160,8 @@ def _hub_revision(spec: DataSpec) -> str | None:
 
 def _columns(names: Sequence[str], settings: FisherSettings) -> tuple[tuple[str, ...], str]:
     there = f"its columns are {', '.join(names)}"
-    if settings.text is not None:
-        text = (settings.text,) if isinstance(settings.text, str) else settings.text
-    else:
-        text = next((known for known in TEXT_COLUMNS if all(name in names for name in known)), ())
+    known = next((known for known in TEXT_COLUMNS if all(name in names for name in known)), ())
+    text: tuple[str, ...] = known if settings.text is None else _as_tuple(settings.text)
     if not text:
         raise DataError(f"no text column found in '{settings.data}'; {there}; name it with text")
     label = settings.label or next((name for name in LABEL_COLUMNS if name in names), None)
@@ -172,7 +170,11 @@ def _columns(names: Sequence[str], settings: FisherSettings) -> tuple[tuple[str,
     missing = [name for name in (*text, label) if name not in names]
     if missing:
         raise DataError(f"'{settings.data}' has no column '{missing[0]}'; {there}")
-    return tuple(text), label
+    return text, label
+
+
+def _as_tuple(text: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
 
 
 def _texts(column: Sequence[Any], name: str, data: str | None) -> list[str]:

@@ -102,9 +102,10 @@ def mask_fisher(
 
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
+    sites = tuple(sites)
     sums: dict[NodeKey, Tensor] = {}
     samples, loss, correct = 0, 0.0, 0
-    with _frozen(model), _mask_gradients(model, tuple(sites), mask_placement) as gradients:
+    with _frozen(model), _mask_gradients(model, sites, mask_placement) as gradients:
         for batch in batches:
             if samples == 0:
                 first = _forward_only(model, batch)
@@ -127,12 +128,27 @@ def mask_fisher(
             on_batch(batch)
     if samples == 0:
         raise MeasurementError("there is no sample to measure on")
-    for key, total in sums.items():
+    for key, total in sums.items():  # In backward order: the first that is bad is where it began.
         _check_finite(total, key)
+    unreached = [site.output for site in sites for node in site.nodes() if (site.output, node) not in sums]
+    if unreached:
+        raise MeasurementError(
+            f"no gradient reached {unreached[0]}: the model does not run it, or does not use what it gives"
+        )
     scale = 1 if estimator == "batch" else samples
-    return MaskFisher(
-        {key: total / scale for key, total in sums.items()}, samples, loss / samples, correct / samples
-    )
+    fisher = {(site.output, node): sums[site.output, node] / scale for site in sites for node in site.nodes()}
+    return MaskFisher(fisher, samples, loss / samples, correct / samples)
+
+
+def _check_finite(total: Tensor, key: NodeKey) -> None:
+    bad = ~total.isfinite()
+    if bool(bad.any()):
+        site, kind = key
+        node = int(bad.nonzero()[0, 0])
+        raise MeasurementError(
+            f"the gradient at {site}, {kind.removesuffix('_fisher').replace('_', ' ')} {node}, is not finite "
+            f"({total[node].item()}); try another dtype, or look for infinities in the checkpoint"
+        )
 
 
 def _squared(gradient: Tensor, weight: Tensor | None, estimator: Estimator) -> Tensor:
@@ -246,15 +262,4 @@ def _check_deterministic(first: Tensor, second: Tensor, weights: torch.dtype) ->
         raise MeasurementError(
             f"two passes over the first batch gave log-probabilities up to {gap:.3g} apart: "
             "the model has a random layer that evaluation mode does not switch off"
-        )
-
-
-def _check_finite(total: Tensor, key: NodeKey) -> None:
-    bad = ~total.isfinite()
-    if bool(bad.any()):
-        site, kind = key
-        node = int(bad.nonzero()[0, 0])
-        raise MeasurementError(
-            f"the gradient at {site}, {kind.removesuffix('_fisher').replace('_', ' ')} {node}, is not finite "
-            f"({total[node].item()}); try another dtype, or look for infinities in the checkpoint"
         )

@@ -218,7 +218,10 @@ def _normalized(sidecar: Sidecar, site: Site, normalize: Normalize) -> dict[Node
 
 def _sidecar(model: Hashable, given: str, missing: Missing) -> Sidecar | None:
     checkpoint = _checkpoint(model)
-    path = Path(given).expanduser() if given else checkpoint and store.find(checkpoint)
+    if given:
+        path: Path | None = Path(given).expanduser()
+    else:
+        path = store.find(checkpoint) if checkpoint else None
     if path is None:
         if missing == "average":
             return None

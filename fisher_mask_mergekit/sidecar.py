@@ -23,7 +23,7 @@ from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, name_template
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
 VALUES_PER_TENSOR = 16
 """How many values of each governed tensor are kept to recognise the checkpoint by."""
@@ -205,7 +205,7 @@ def write(sidecar: Sidecar, path: Path) -> None:
         SidecarError: If it cannot be written; whatever was at ``path`` is untouched.
     """
     tensors = {
-        f"{output}.{node}": vector.contiguous()
+        f"{output}.{node}": vector.clone(memory_format=torch.contiguous_format)
         for output, vectors in sidecar.fisher.items()
         for node, vector in vectors.items()
     }

@@ -8,7 +8,7 @@ prefix; no list of architectures is needed, and a new one is at most a new row.
 The pre-pass and the merge meet here (and in the sidecar), so they cannot disagree about what a node owns.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,7 +109,7 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], heads: int) -> tuple[Site,
         heads: H, the number of query heads. The number of key-value heads follows from the shapes.
 
     Returns:
-        The sites, sorted by the layer numbers in their names.
+        The sites, layer by layer, attention before FFN.
 
     Raises:
         ValueError: If a projection's rows cannot be divided among the heads (names the tensor).
@@ -123,12 +123,14 @@ def find_sites(shapes: Mapping[str, tuple[int, ...]], heads: int) -> tuple[Site,
                 continue
             if all(f"{prefix}{path}.weight" in shapes for path in row.inputs):
                 sites.append(_site(row, prefix, shapes, heads))
-    return tuple(sorted(sites, key=lambda site: _natural(site.output)))
+    return tuple(sorted(sites, key=_reading_order))
 
 
 def _site(row: TableRow, prefix: str, shapes: Mapping[str, tuple[int, ...]], heads: int) -> Site:
     inputs = tuple(prefix + path for path in row.inputs)
-    rows: tuple[Rows, ...] = ("query", "key") if row.kind == "attention" else ("neuron",) * len(inputs)
+    rows: tuple[Rows, ...] = ("query", "key")
+    if row.kind == "ffn":
+        rows = tuple("neuron" for _ in inputs)
     governed = dict(zip(inputs, rows, strict=True))
     governed |= {_resolve(path, prefix): "mean" for path in row.rest}
     tensors = tuple(
@@ -167,8 +169,11 @@ def _resolve(path: str, prefix: str) -> str:
     return ".".join([*parts[: last + 1], path[1:]])
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+def _reading_order(site: Site) -> tuple[str, list[int], str, str]:
+    """Stack by stack, layer by layer, attention before FFN."""
+    parts = site.output.split(".")
+    stack = next((".".join(parts[:index]) for index, part in enumerate(parts) if part.isdigit()), "")
+    return stack, [int(part) for part in parts if part.isdigit()], site.kind, site.output
 
 
 def name_template(name: str) -> str:
@@ -205,9 +210,3 @@ _NODE_OF: dict[Rows, Node] = {
     "key": "kv_head_fisher",
     "neuron": "neuron_fisher",
 }
-
-
-def summary(sites: Iterable[Site]) -> str:
-    """One line on what was found, for messages."""
-    kinds = [site.kind for site in sites]
-    return f"{kinds.count('attention')} attention and {kinds.count('ffn')} FFN sites"

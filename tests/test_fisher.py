@@ -1,0 +1,271 @@
+"""The pre-pass against its definition: explicit masks on the weights, one sample at a time, in float64."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.fisher import MaskFisher, NodeKey, mask_fisher
+from fisher_mask_mergekit.sites import Site
+from tests import tiny
+
+
+def naive_gradients(
+    model: nn.Module, ids: Tensor, label: int, sites: Iterable[Site], placement: str
+) -> tuple[dict[NodeKey, Tensor], Tensor]:
+    """d loss / d mask of one sample, the masks multiplying slices of the weights; and log p."""
+    weights = dict(model.named_parameters())
+    masks: dict[NodeKey, Tensor] = {}
+    changed = {}
+    for site in sites:
+        name = f"{site.output}.weight"
+        width = weights[name].shape[1]
+        if site.kind == "attention":
+            masks[site.output, "head_fisher"] = torch.ones(
+                site.heads, dtype=torch.float64, requires_grad=True
+            )
+            masks[site.output, "kv_head_fisher"] = torch.ones(
+                site.kv_heads, dtype=torch.float64, requires_grad=True
+            )
+            heads = masks[site.output, "head_fisher"] * masks[
+                site.output, "kv_head_fisher"
+            ].repeat_interleave(site.heads // site.kv_heads)
+            changed[name] = weights[name] * heads.repeat_interleave(width // site.heads)
+        else:
+            mask = torch.ones(site.neurons, dtype=torch.float64, requires_grad=True)
+            masks[site.output, "neuron_fisher"] = mask
+            if placement == "post":
+                changed[name] = weights[name] * mask
+            else:
+                first = f"{site.inputs[0]}.weight"
+                changed[first] = weights[first] * mask[:, None]
+    logits = functional_call(model, changed, kwargs={"input_ids": ids[None]}).logits
+    log_probs = torch.log_softmax(logits[0], -1)
+    gradients = torch.autograd.grad(-log_probs[label], list(masks.values()))
+    return dict(zip(masks, gradients, strict=True)), log_probs.detach()
+
+
+def naive_fisher(
+    model: nn.Module,
+    drawn: list[tuple[Tensor, int]],
+    sites: Iterable[Site],
+    *,
+    placement: str = "post",
+    labels: str = "data",
+) -> dict[NodeKey, Tensor]:
+    model.eval()
+    sums: dict[NodeKey, Any] = {}
+    for ids, label in drawn:
+        _, log_probs = naive_gradients(model, ids, label, sites, placement)
+        terms = (
+            [(label, 1.0)] if labels == "data" else [(c, log_probs[c].exp()) for c in range(len(log_probs))]
+        )
+        for target, weight in terms:
+            gradients, _ = naive_gradients(model, ids, target, sites, placement)
+            for key, gradient in gradients.items():
+                sums[key] = sums.get(key, 0) + weight * gradient**2
+    return {key: total / len(drawn) for key, total in sums.items()}
+
+
+def assert_same(got: MaskFisher, wanted: dict[NodeKey, Tensor], rtol: float = 1e-10) -> None:
+    assert got.fisher.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert float(value.min()) >= 0
+        assert float(value.max()) > 0
+        # Relative to the vector's largest value: a node whose gradients cancel has no digits of its own.
+        assert_close(
+            got.fisher[key],
+            value.double(),
+            rtol=rtol,
+            atol=rtol * float(value.max()),
+        )
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_equals_the_definition(architecture: str, placement: Any) -> None:
+    model = tiny.classifier(architecture).double()
+    drawn = tiny.samples()
+    sites = tiny.sites_of(model)
+    assert [site.kind for site in sites].count("attention") == 2
+    assert [site.kind for site in sites].count("ffn") == 2
+    got = mask_fisher(model, tiny.batches(drawn, 3), sites, mask_placement=placement)
+    assert_same(got, naive_fisher(model, drawn, sites, placement=placement))
+    assert got.samples == len(drawn)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_exact_labels_equal_the_expectation(architecture: str) -> None:
+    model = tiny.classifier(architecture).double()
+    drawn = tiny.samples()
+    sites = tiny.sites_of(model)
+    got = mask_fisher(model, tiny.batches(drawn, 3), sites, labels="exact")
+    assert_same(got, naive_fisher(model, drawn, sites, labels="exact"))
+
+
+def test_sampled_labels_are_the_models_and_no_batch_changes_them() -> None:
+    model = tiny.classifier("bert").double()
+    sites = tiny.sites_of(model)
+    ids = tiny.samples(1)[0][0]
+    same = [(ids, 0)] * 400
+    sampled = mask_fisher(model, tiny.batches(same, 100), sites, labels="sampled")
+    exact = mask_fisher(model, tiny.batches(same[:1], 1), sites, labels="exact")
+    for key, value in exact.fisher.items():
+        # One input drawn 400 times: the mean over draws nears the expectation, within Monte Carlo error.
+        assert_close(sampled.fisher[key].sum(), value.sum(), rtol=0.25, atol=0)
+    drawn = tiny.samples(9)
+    one = mask_fisher(model, tiny.batches(drawn, 9), sites, labels="sampled", seed=3)
+    backwards = list(reversed(range(9)))
+    other = mask_fisher(
+        model,
+        tiny.batches([drawn[i] for i in backwards], 2, index=backwards),
+        sites,
+        labels="sampled",
+        seed=3,
+    )
+    assert_same(other, one.fisher)
+    third = mask_fisher(model, tiny.batches(drawn, 9), sites, labels="sampled", seed=4)
+    assert any(not torch.equal(third.fisher[key], value) for key, value in one.fisher.items())
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mistral"])
+def test_batch_size_order_padding_and_doubling_change_nothing(architecture: str) -> None:
+    model = tiny.classifier(architecture).double()
+    sites = tiny.sites_of(model)
+    drawn = tiny.samples(8)
+    wanted = mask_fisher(model, tiny.batches(drawn, 1), sites).fisher
+    for variant in (
+        tiny.batches(drawn, 8),
+        tiny.batches(drawn[::-1], 3),
+        tiny.batches(drawn, 4, extra_padding=9),
+        tiny.batches(drawn + drawn, 5),
+    ):
+        assert_same(mask_fisher(model, variant, sites), wanted)
+
+
+def test_batch_estimator_squares_the_gradient_of_each_batchs_mean_loss() -> None:
+    model = tiny.classifier("bert").double()
+    drawn = tiny.samples(8)
+    sites = tiny.sites_of(model)
+    wanted: dict[NodeKey, Any] = {}
+    for start in (0, 4):
+        each = [
+            naive_gradients(model.eval(), ids, label, sites, "post")[0]
+            for ids, label in drawn[start : start + 4]
+        ]
+        for key in each[0]:
+            wanted[key] = wanted.get(key, 0) + torch.stack([one[key] for one in each]).mean(0) ** 2
+    assert_same(mask_fisher(model, tiny.batches(drawn, 4), sites, estimator="batch"), wanted)
+
+
+def test_float32_and_bfloat16_weights_agree_with_float64() -> None:
+    drawn = tiny.samples()
+    model = tiny.classifier("bert").double()
+    sites = tiny.sites_of(model)
+    wanted = mask_fisher(model, tiny.batches(drawn, 3), sites).fisher
+    assert_same(mask_fisher(model.float(), tiny.batches(drawn, 3), sites), wanted, rtol=1e-4)
+    assert_same(mask_fisher(model.bfloat16(), tiny.batches(drawn, 3), sites), wanted, rtol=0.3)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny.classifier("bert").train()
+    model.bert.embeddings.eval()
+    model.classifier.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    needs = [parameter.requires_grad for parameter in model.parameters()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model))
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == needs
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_dropout_is_off_while_measuring_even_in_train_mode() -> None:
+    model = tiny.classifier("bert", hidden_dropout_prob=0.5).double()
+    drawn = tiny.samples()
+    sites = tiny.sites_of(model)
+    assert_same(mask_fisher(model.train(), tiny.batches(drawn, 3), sites), naive_fisher(model, drawn, sites))
+
+
+class _Noise(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + torch.randn_like(hidden)
+
+
+def test_a_random_layer_is_caught() -> None:
+    model = tiny.classifier("bert")
+    model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _Noise())
+    sites = tiny.sites_of(model)
+    with pytest.raises(MeasurementError, match="two passes over the first batch"):
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+
+
+def test_no_sample_is_an_error() -> None:
+    model = tiny.classifier("bert")
+    with pytest.raises(MeasurementError, match="no sample"):
+        mask_fisher(model, [], tiny.sites_of(model))
+
+
+def test_a_loss_that_is_not_a_number_is_an_error() -> None:
+    model = tiny.classifier("bert")
+    with torch.no_grad():
+        model.classifier.bias[0] = torch.nan
+    with pytest.raises(MeasurementError, match="the loss of sample 0 is nan"):
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model))
+
+
+class _BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        bad = gradient.clone()
+        bad[..., 17] = torch.inf
+        return bad
+
+
+class _BadGradientLayer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(_BadGradient.apply(hidden))
+
+
+def test_a_gradient_that_is_not_finite_names_layer_and_node() -> None:
+    model = tiny.classifier("bert")
+    sites = tiny.sites_of(model)
+    dense = model.bert.encoder.layer[1].output
+    dense.dense = _BadGradientLayer(dense.dense)
+    with pytest.raises(MeasurementError, match=r"encoder\.layer\.1\.output\.dense, neuron 17, is not finite"):
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+
+
+def test_key_value_masks_are_not_sums_of_head_fishers() -> None:
+    model = tiny.classifier("llama").double()
+    got = mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model)).fisher
+    for (output, node), value in got.items():
+        if node == "kv_head_fisher":
+            summed = got[output, "head_fisher"].unflatten(-1, (2, -1)).sum(-1)
+            assert float((value / summed - 1).abs().max()) > 0.05
+
+
+def test_a_site_that_is_not_run_is_named() -> None:
+    model = tiny.classifier("bert")
+    sites = tiny.sites_of(model)
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+    model.bert.encoder.layer.append(tiny.classifier("bert").bert.encoder.layer[0])
+    model.bert.encoder.layer[1].forward = lambda hidden, *rest, **more: hidden
+    with pytest.raises(MeasurementError, match=r"no gradient reached bert\.encoder\.layer\.1\.attention"):
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)

@@ -1,0 +1,285 @@
+"""The merge method against its formula, through mergekit's own interface."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
+from torch import Tensor
+from torch.testing import assert_close
+
+from fisher_mask_mergekit.method import MergeError, merge_rows
+from fisher_mask_mergekit.sidecar import Sidecar, write
+from fisher_mask_mergekit.sites import name_template
+from tests import tiny
+from tests.test_sidecar import sidecar_for
+
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+class Inputs:
+    """Models of one architecture with made-up sidecars on disk."""
+
+    def __init__(self, folder: Path, architecture: str = "bert", count: int = 2, scale: float = 1.0) -> None:
+        self.states: list[dict[str, Tensor]] = []
+        self.sidecars: list[Sidecar] = []
+        self.paths: list[str] = []
+        for index in range(count):
+            model = tiny.classifier(architecture, seed=index)
+            self.states.append({name: value.clone() for name, value in model.state_dict().items()})
+            self.sidecars.append(sidecar_for(model, scale=scale, seed=index))
+            self.paths.append(str(folder / f"{index}.safetensors"))
+            write(self.sidecars[-1], Path(self.paths[-1]))
+
+    def merge(self, **parameters: Any) -> dict[str, Tensor]:
+        return merge_state_dicts(self.states, "fisher_mask", parameters={"sidecar": self.paths} | parameters)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    return Inputs(tmp_path)
+
+
+def by_hand(inputs: Inputs, name: str, weights: list[float]) -> Tensor:
+    """Equation 5 written out, in float64."""
+    top, bottom = torch.zeros(()).double(), torch.zeros(()).double()
+    for state, sidecar, weight in zip(inputs.states, inputs.sidecars, weights, strict=True):
+        value = state[name].double()
+        fisher = torch.ones(value.shape[0]).double()
+        site, governed = sidecar.governed.get(name, (None, None))
+        if site is not None and governed is not None and governed.rows != "mean":
+            vectors = sidecar.fisher[site.output]
+            if governed.rows == "query":
+                fisher = vectors["head_fisher"].double().repeat_interleave(value.shape[0] // site.heads)
+            elif governed.rows == "key":
+                fisher = vectors["kv_head_fisher"].double().repeat_interleave(value.shape[0] // site.kv_heads)
+            else:
+                fisher = vectors["neuron_fisher"].double()
+        fisher = weight * fisher.reshape(-1, *[1] * (value.ndim - 1))
+        top, bottom = top + fisher * value, bottom + fisher
+    return top / bottom
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_equals_the_formula(tmp_path: Path, architecture: str) -> None:
+    inputs = Inputs(tmp_path, architecture, count=3)
+    weights = [1.0, 0.5, 2.0]
+    merged = inputs.merge(weight=weights)
+    plain = merge_state_dicts(inputs.states, "linear", parameters={"weight": weights})
+    moved = set()
+    for name, value in merged.items():
+        if not value.is_floating_point():
+            continue
+        assert_close(value.double(), by_hand(inputs, name, weights), rtol=1e-5, atol=1e-6)
+        if float((value - plain[name]).abs().max()) > 1e-4:
+            moved.add(name_template(name))
+    governed = "query|key|q_lin|k_lin|q_proj|k_proj|intermediate.dense|lin1|gate_proj|up_proj"
+    assert moved == {name_template(name) for name in merged if re.search(rf"\b({governed})\.", name)}
+
+
+def test_inputs_are_untouched_and_the_result_keeps_their_dtype(inputs: Inputs) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        states = [{QUERY: state[QUERY].to(dtype)} for state in inputs.states]
+        before = [state[QUERY].clone() for state in states]
+        merged = merge_state_dicts(states, "fisher_mask", parameters={"sidecar": inputs.paths})
+        assert merged[QUERY].dtype == dtype
+        assert_close([state[QUERY] for state in states], before, rtol=0, atol=0)
+
+
+def test_the_order_of_three_models_does_not_matter(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path, count=3)
+    wanted = inputs.merge(weight=[1.0, 0.3, 2.0])
+    inputs.states = [inputs.states[index] for index in (2, 0, 1)]
+    inputs.paths = [inputs.paths[index] for index in (2, 0, 1)]
+    assert_close(inputs.merge(weight=[2.0, 1.0, 0.3]), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("unmasked", ["average", "layer", "universal"])
+@pytest.mark.parametrize("normalize", ["none", "model", "layer"])
+def test_only_ratios_of_fishers_matter(tmp_path: Path, unmasked: str, normalize: str) -> None:
+    wanted = Inputs(tmp_path / "one").merge(unmasked=unmasked, normalize=normalize)
+    tiny_values = Inputs(tmp_path / "two", scale=1e-12).merge(unmasked=unmasked, normalize=normalize)
+    assert_close(tiny_values, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_equal_fishers_give_the_mean_and_a_model_with_itself_gives_itself(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path)
+    for path, sidecar in zip(inputs.paths, inputs.sidecars, strict=True):
+        ones = {
+            output: {node: torch.full_like(vector, 3.0) for node, vector in vectors.items()}
+            for output, vectors in sidecar.fisher.items()
+        }
+        write(Sidecar(sidecar.metadata, ones, sidecar.values), Path(path))
+    mean = merge_state_dicts(inputs.states, "linear", parameters={"weight": 1.0})
+    assert_close(inputs.merge(), mean, rtol=1e-6, atol=1e-7)
+    inputs.states[1], inputs.paths[1] = inputs.states[0], inputs.paths[0]
+    assert_close(inputs.merge(), inputs.states[0], rtol=1e-6, atol=1e-7)
+
+
+def test_zero_everywhere_is_the_weighted_mean_and_zero_in_one_model_takes_the_other() -> None:
+    one, two = torch.randn(4, 3), torch.randn(4, 3)
+    first, second = torch.tensor([0.0, 0.0, 1e-30, 1.0]), torch.tensor([0.0, 1e-30, 0.0, 1.0])
+    got = merge_rows([one, two], [1.0, 3.0], [first, second])
+    assert_close(got[0], 0.25 * one[0] + 0.75 * two[0])
+    assert_close(got[1], two[1])
+    assert_close(got[2], one[2])
+    assert_close(got[3], 0.25 * one[3] + 0.75 * two[3])
+
+
+@pytest.mark.parametrize("normalize", ["model", "layer"])
+def test_normalize_takes_a_models_own_scale_out(tmp_path: Path, normalize: str) -> None:
+    inputs = Inputs(tmp_path)
+    wanted = inputs.merge(normalize=normalize)
+    plain = inputs.merge()
+    louder = inputs.sidecars[1]
+    scaled = {o: {node: 1000 * v for node, v in vectors.items()} for o, vectors in louder.fisher.items()}
+    write(Sidecar(louder.metadata, scaled, louder.values), Path(inputs.paths[1]))
+    assert_close(inputs.merge(normalize=normalize), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(inputs.merge(), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_normalize_divides_by_the_mean_of_the_same_kind_of_node(inputs: Inputs) -> None:
+    for normalize in ("model", "layer"):
+        shares = []
+        for sidecar in inputs.sidecars:
+            output = "bert.encoder.layer.0.attention.output.dense"
+            heads = [v["head_fisher"] for o, v in sidecar.fisher.items() if "head_fisher" in v]
+            mean = (
+                torch.stack(heads).mean()
+                if normalize == "model"
+                else sidecar.fisher[output]["head_fisher"].mean()
+            )
+            shares.append((sidecar.fisher[output]["head_fisher"] / mean).repeat_interleave(8)[:, None])
+        wanted = sum(share * state[QUERY] for share, state in zip(shares, inputs.states, strict=True)) / sum(
+            shares
+        )
+        assert_close(inputs.merge(normalize=normalize)[QUERY], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_base_counts_only_with_a_weight(inputs: Inputs) -> None:
+    without = merge_state_dicts(
+        dict(enumerate(inputs.states)), "fisher_mask", base=1, parameters={"sidecar": ["", ""]}
+    )
+    assert_close(without, inputs.states[0], rtol=0, atol=0)
+    counted = merge_state_dicts(
+        dict(enumerate(inputs.states)),
+        "fisher_mask",
+        base=1,
+        parameters={"sidecar": inputs.paths, "weight": [1.0, 1.0]},
+    )
+    assert_close(counted, inputs.merge(), rtol=0, atol=0)
+
+
+def test_a_tensor_that_only_the_base_has_is_passed_through() -> None:
+    value = torch.randn(3)
+    assert merge_tensors([value], "fisher_mask", base_index=0, name="classifier.bias") is not None
+    assert_close(
+        merge_tensors([value], "fisher_mask", base_index=0, name="classifier.bias"), value, rtol=0, atol=0
+    )
+
+
+def test_a_moved_layer_gets_its_own_fisher(inputs: Inputs) -> None:
+    """Layer 1 of both models lands in layer 0 of the output, and in a layer that neither has."""
+    source = QUERY.replace("layer.0", "layer.1")
+    for name in (QUERY, QUERY.replace("layer.0", "layer.9")):
+        got = merge_tensors(
+            [state[source] for state in inputs.states],
+            "fisher_mask",
+            name=name,
+            parameters={"sidecar": inputs.paths},
+        )
+        assert_close(got.double(), by_hand(inputs, source, [1.0, 1.0]), rtol=1e-5, atol=1e-6)
+
+
+def test_another_checkpoints_sidecar_is_an_error(inputs: Inputs) -> None:
+    inputs.paths.reverse()
+    with pytest.raises(
+        MergeError, match=r"SidecarMismatchError at .* has other values\n  Measure this checkpoint: "
+    ):
+        inputs.merge()
+
+
+def test_a_stale_sidecar_is_an_error(inputs: Inputs) -> None:
+    inputs.states[0] = {
+        name: value * 1.01 if value.is_floating_point() else value for name, value in inputs.states[0].items()
+    }
+    with pytest.raises(MergeError, match="has other values"):
+        inputs.merge()
+
+
+def test_a_missing_sidecar_is_an_error_unless_averaging_was_asked_for(inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match="there is no sidecar for 1"):
+        inputs.merge(sidecar=[inputs.paths[0], ""])
+    got = inputs.merge(sidecar=[inputs.paths[0], ""], missing="average")
+    assert_close(got, merge_state_dicts(inputs.states, "linear", parameters={"weight": 1.0}))
+    with pytest.raises(MergeError, match="cannot read sidecar"):
+        inputs.merge(sidecar=[inputs.paths[0], str(tmp_path / "none")], missing="average")
+
+
+def test_sidecars_that_disagree_about_a_tensor_are_an_error(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path)
+    sidecar = inputs.sidecars[1]
+    fewer = tuple(site for site in sidecar.metadata.sites if site.kind == "ffn")
+    fisher = {site.output: sidecar.fisher[site.output] for site in fewer}
+    values = {tensor.name: sidecar.values[tensor.name] for site in fewer for tensor in site.tensors}
+    write(
+        Sidecar(sidecar.metadata.model_copy(update={"sites": fewer}), fisher, values), Path(inputs.paths[1])
+    )
+    for unmasked in ("average", "universal"):
+        with pytest.raises(MergeError, match="disagree about which mask nodes"):
+            inputs.merge(unmasked=unmasked)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_cannot_be_is_an_error(inputs: Inputs, weight: float) -> None:
+    with pytest.raises(MergeError, match="weight of 0 is"):
+        inputs.merge(weight=[weight, 1.0])
+
+
+def test_all_weights_zero_is_an_error(inputs: Inputs) -> None:
+    with pytest.raises(MergeError, match="every model has weight 0"):
+        inputs.merge(weight=0.0)
+
+
+def test_one_model_that_counts_is_taken_as_it_is_and_needs_no_sidecar(inputs: Inputs) -> None:
+    got = inputs.merge(weight=[0.0, 0.7], sidecar=["", ""])
+    assert_close(got, inputs.states[1], rtol=0, atol=0)
+
+
+def test_unknown_choices_are_errors(inputs: Inputs) -> None:
+    for parameter in ("normalize", "unmasked", "missing"):
+        with pytest.raises(ValueError, match="Input should be"):
+            inputs.merge(**{parameter: "other"})
+
+
+def test_the_sidecar_is_looked_for_beside_the_checkpoint_then_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FISHER_MASK_CACHE", str(tmp_path / "cache"))
+    from fisher_mask_mergekit import store
+    from fisher_mask_mergekit.checkpoint import Checkpoint
+
+    inputs = Inputs(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    beside, cached = folder / store.BESIDE, store.cached(Checkpoint(str(folder), folder, None))
+    method = get("fisher_mask")
+    reference = ModelReference.parse(str(folder))
+
+    def merged() -> Tensor:
+        return merge_tensors(
+            [state[QUERY] for state in inputs.states], method, ids=[reference, 1], name=QUERY,
+            parameters={"sidecar": ["", inputs.paths[1]]},
+        )  # fmt: skip
+
+    with pytest.raises(MergeError, match=f"Measure it:  mergekit-fisher compute {folder} --data"):
+        merged()
+    write(inputs.sidecars[0], cached)
+    assert_close(merged().double(), by_hand(inputs, QUERY, [1.0, 1.0]), rtol=1e-5, atol=1e-6)
+    write(inputs.sidecars[1], beside)
+    with pytest.raises(MergeError, match="has other values"):
+        merged()
