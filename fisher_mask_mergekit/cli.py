@@ -13,6 +13,7 @@ from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
 
 if TYPE_CHECKING:
     from fisher_mask_mergekit.prepass import Outcome
+    from fisher_mask_mergekit.recipe import RecipeModel
     from fisher_mask_mergekit.settings import FisherSettings
 
 app = typer.Typer(
@@ -101,7 +102,6 @@ def compute(
         "seed": seed,
         "text": text and (tuple(text.split(",")) if "," in text else text),
         "label": label,
-        "label_map": label_map and _parse_label_map(label_map),
         "max_length": max_length,
         "batch_size": batch_size,
         "estimator": estimator,
@@ -109,11 +109,14 @@ def compute(
         "labels": labels,
         "dtype": dtype,
     }
-    overrides = {name: value for name, value in given.items() if value is not None}
     with _errors():
+        if label_map is not None:
+            given["label_map"] = _parse_label_map(label_map)
+        overrides = {name: value for name, value in given.items() if value is not None}
         wanted = list(_requests(target, overrides, out))
         from fisher_mask_mergekit import prepass
 
+        _silence_progress_bars()
         where = prepass.pick_device(device)
         for name, settings, path in wanted:
             with _progress(name) as (on_start, on_batch):
@@ -191,12 +194,8 @@ def _requests(
         _say(f"{target}: merge_method is {recipe.method}, which uses no sidecars; measuring all the same")
     measurable = [model for model in recipe.models if model.settings is not None]
     for model in recipe.models:
-        if model.settings is None and model.sidecar:
-            _say(f"{model.name}: has a sidecar in the recipe and no data; left as it is")
-        elif model.settings is None and not (model.is_base and model.weight is None):
-            raise RecipeError(
-                f"{target}: {model.name} has no data; add  fisher: {{data: DATASET}}  beside it"
-            )
+        if model.settings is None and not (model.is_base and model.weight is None):
+            _check_has_sidecar(model, target)
     if out is not None and len(measurable) > 1:
         raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
     for model in measurable:
@@ -204,12 +203,24 @@ def _requests(
         yield model.name, model.settings, out or (Path(model.sidecar).expanduser() if model.sidecar else None)
 
 
+def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
+    """A model without data must have been measured by somebody else."""
+    from fisher_mask_mergekit import store
+    from fisher_mask_mergekit.checkpoint import locate
+
+    found = model.sidecar or store.find(locate(model.name))
+    if found is None:
+        raise RecipeError(
+            f"{recipe}: {model.name} has no sidecar and no data to measure it on; "
+            "add  fisher: {data: DATASET}  beside it"
+        )
+    _say(f"{model.name}: no data in the recipe; its sidecar is {found}")
+
+
 def _parse_label_map(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(key.strip() and sign and value.strip() for key, sign, value in pairs):
-        raise typer.BadParameter(
-            "expected DATA=CHECKPOINT pairs with commas between", param_hint="--label-map"
-        )
+        raise RecipeError(f"--label-map: expected DATA=CHECKPOINT pairs with commas between, got '{text}'")
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -246,6 +257,15 @@ def _progress(name: str) -> Iterator[tuple[Any, Any]]:
             bar.update(task, advance=len(batch.index), speed=tokens / (time.perf_counter() - started))
 
         yield on_start, on_batch
+
+
+def _silence_progress_bars() -> None:
+    """The libraries' own bars, for loading weights and data, would break ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _report(name: str, outcome: "Outcome") -> None:

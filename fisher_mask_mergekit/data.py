@@ -134,6 +134,8 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         raise DataError(
             f"{spec.path}: expected one of {', '.join(_LOADERS)}, or a folder that datasets wrote"
         )
+    if local_file and path.stat().st_size == 0:
+        raise DataError(f"data '{spec.path}' has no rows")
     try:
         if local_file:
             return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
@@ -145,6 +147,8 @@ def _load(spec: DataSpec) -> datasets.Dataset:
     except Exception as error:  # datasets raises its own, pyarrow's, the hub's and built-in errors.
         cause = error.__cause__ or error
         reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        if "corresponds to no data" in reason:  # What datasets calls a split without rows.
+            raise DataError(f"data '{spec.path}' has no rows") from error
         raise DataError(f"cannot load data '{spec.path}' (split {spec.split}): {reason}") from error
 
 

@@ -17,7 +17,13 @@ from torch import nn
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_config, read_tensors, tensor_shapes
 from fisher_mask_mergekit.data import Samples, load_samples, parse_spec, token_batches
-from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, RecipeError, SidecarError
+from fisher_mask_mergekit.errors import (
+    CheckpointError,
+    FisherMaskError,
+    MeasurementError,
+    RecipeError,
+    SidecarError,
+)
 from fisher_mask_mergekit.fisher import Batch, mask_fisher
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, read, write
@@ -94,50 +100,40 @@ def compute(
     check_task(config, name)
     sites = _find_sites(checkpoint, config)
     target = out or store.destination(checkpoint)
-    there = target if out else store.find(checkpoint)
+    there = [target] if out else store.find_all(checkpoint)
     samples = (
         load_samples(settings, config.label2id) if parse_spec(settings.data or "").is_local or force else None
     )
-    if not force and there is not None:
-        served = _same_request(there, checkpoint, settings, samples)
+    for path in () if force else there:
+        served = _same_request(path, checkpoint, settings, samples)
         if served is not None:
-            return Outcome(served, there, 0.0, True, ())
+            return Outcome(served, path, 0.0, True, ())
     if samples is None:
         samples = load_samples(settings, config.label2id)
     model, tokenizer = _load(checkpoint, config, settings)
-    notes = []
-    if len(samples.texts) < settings.samples:
-        notes.append(
-            f"{settings.data} has {len(samples.texts)} rows, {settings.samples} were asked for: used all"
-        )
-    batch_size = settings.batch_size
-    if config.get_text_config().pad_token_id is None and tokenizer.pad_token is None:
-        if settings.estimator == "batch":
-            raise CheckpointError(
-                f"{name} has no padding token, so estimator 'batch' cannot batch its samples"
-            )
-        batch_size = 1
-        notes.append(f"{name} has no padding token: measured one sample at a time")
+    batch_size, notes = _batching(name, tokenizer, settings, len(samples.texts))
     max_length = _max_length(model, tokenizer, settings)
+    batches = token_batches(
+        samples,
+        tokenizer,
+        max_length=max_length,
+        batch_size=batch_size,
+        by_length=settings.estimator == "sample",
+        device=device,
+    )
     on_start(len(samples.texts))
     started = time.perf_counter()
-    measured = mask_fisher(
-        model.to(device),
-        token_batches(
-            samples,
-            tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            by_length=settings.estimator == "sample",
-            device=device,
-        ),
-        sites,
-        labels=settings.labels,
-        estimator=settings.estimator,
-        mask_placement=settings.mask_placement,
-        seed=settings.seed,
-        on_batch=on_batch,
-    )
+    with _out_of_memory(batch_size):
+        measured = mask_fisher(
+            model.to(device),
+            batches,
+            sites,
+            labels=settings.labels,
+            estimator=settings.estimator,
+            mask_placement=settings.mask_placement,
+            seed=settings.seed,
+            on_batch=on_batch,
+        )
     seconds = time.perf_counter() - started
     metadata = Metadata(
         format_version=FORMAT_VERSION,
@@ -150,14 +146,8 @@ def compute(
         max_length=max_length,
         accuracy=measured.accuracy,
         loss=measured.loss,
-        versions={
-            "fisher-mask-mergekit": version("fisher-mask-mergekit"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "datasets": version("datasets"),
-            "python": platform.python_version(),
-        },
-        device=_describe(device),
+        versions=_versions(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         sites=sites,
     )
@@ -167,10 +157,41 @@ def compute(
         }
         for site in sites
     }
-    values = {tensor: probe(value) for tensor, value in read_tensors(checkpoint, _governed_names(sites))}
+    names = [tensor.name for site in sites for tensor in site.tensors]
+    values = {tensor: probe(value) for tensor, value in read_tensors(checkpoint, names)}
     sidecar = Sidecar(metadata, fisher, values, str(target))
     write(sidecar, target)
-    return Outcome(sidecar, target, seconds, False, (*notes, *_label_warning(samples, measured.accuracy)))
+    notes += _label_warning(samples, measured.accuracy)
+    if out is None and (preferred := store.find(checkpoint)) != target:
+        notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {target}}}")
+    return Outcome(sidecar, target, seconds, False, tuple(notes))
+
+
+def _batching(name: str, tokenizer: Any, settings: FisherSettings, rows: int) -> tuple[int, list[str]]:
+    """Samples per batch, and what the user should know about it and about their number."""
+    notes = []
+    if rows < settings.samples:
+        notes.append(f"{settings.data} has {rows} rows, {settings.samples} were asked for: used all")
+    if tokenizer.pad_token_id is not None:
+        return settings.batch_size, notes
+    if settings.estimator == "batch":
+        raise CheckpointError(f"{name} has no padding token, so estimator 'batch' cannot batch its samples")
+    return 1, [*notes, f"{name} has no padding token: measuring one sample at a time"]
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("fisher-mask-mergekit", "torch", "transformers", "datasets")
+    return {library: version(library) for library in libraries} | {"python": platform.python_version()}
+
+
+@contextmanager
+def _out_of_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MeasurementError(
+            f"the device has too little memory for batches of {batch_size}; take a smaller batch_size, or dtype bfloat16"
+        ) from error
 
 
 def _same_request(
@@ -187,10 +208,6 @@ def _same_request(
     except (SidecarError, CheckpointError):
         return None
     return sidecar
-
-
-def _governed_names(sites: tuple[Site, ...]) -> list[str]:
-    return [tensor.name for site in sites for tensor in site.tensors]
 
 
 def _transformers_config(checkpoint: Checkpoint) -> Any:
@@ -257,15 +274,12 @@ def _max_length(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> i
     return int(min(settings.max_length or _LONGEST, *limits, math.inf))
 
 
-def _label_warning(samples: Samples, accuracy: float) -> tuple[str, ...]:
+def _label_warning(samples: Samples, accuracy: float) -> list[str]:
     share = max(samples.labels.count(label) for label in set(samples.labels)) / len(samples.labels)
-    if accuracy > share:
-        return ()
-    return (
-        f"WARNING: accuracy on the samples is {accuracy:.3f}, no better than always guessing the most frequent label "
-        f"({share:.3f}). The data's labels probably do not match the checkpoint's: compare them, and use label_map.",
-    )
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if accuracy > share or accuracy == 1:
+        return []
+    return [
+        f"WARNING: accuracy on the samples is {accuracy:.3f}, no better than always guessing the most frequent "
+        f"label ({share:.3f}). The data's labels probably do not match the checkpoint's: compare them, and use "
+        "label_map."
+    ]

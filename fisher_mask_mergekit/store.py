@@ -29,14 +29,18 @@ def cached(checkpoint: Checkpoint) -> Path:
     return cache_folder() / key / BESIDE.name
 
 
+def find_all(checkpoint: Checkpoint) -> list[Path]:
+    """The checkpoint's sidecars in the order a merge prefers them: beside it, then in the cache."""
+    return [place for place in (checkpoint.folder / BESIDE, cached(checkpoint)) if place.is_file()]
+
+
 def find(checkpoint: Checkpoint) -> Path | None:
-    """The sidecar beside the checkpoint, else the one in the cache, else None."""
-    places = (checkpoint.folder / BESIDE, cached(checkpoint))
-    return next((place for place in places if place.is_file()), None)
+    """The sidecar that a merge uses unless the recipe names one."""
+    return next(iter(find_all(checkpoint)), None)
 
 
 def destination(checkpoint: Checkpoint) -> Path:
-    """Where ``compute`` writes: beside a local checkpoint; to the cache for a hub id or a read-only folder."""
+    """Where ``compute`` writes: beside a local checkpoint; to the cache if that is a hub id or read-only."""
     if checkpoint.revision is None and os.access(checkpoint.folder, os.W_OK):
         return checkpoint.folder / BESIDE
     return cached(checkpoint)

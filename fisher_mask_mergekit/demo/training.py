@@ -211,7 +211,7 @@ def _train(
     model: nn.Module, batch: Any, count: int, batch_size: int, epochs: int, rate: float
 ) -> list[float]:
     """Train with AdamW, a short warm-up and linear decay; the mean loss of each epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     steps = epochs * -(-count // batch_size)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     generator = numpy.random.default_rng(SEED)
@@ -227,7 +227,7 @@ def _train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         means.append(sum(losses) / len(losses))
     return means
 

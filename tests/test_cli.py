@@ -1,0 +1,371 @@
+"""The command as a user types it: what it prints, writes and says of bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from typer.testing import CliRunner, Result
+
+from fisher_mask_mergekit import prepass, store
+from fisher_mask_mergekit.cli import app
+from fisher_mask_mergekit.sidecar import Sidecar, read
+from tests import tiny
+
+
+def run(*arguments: str | Path, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHER_MASK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny.checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tiny.write_data(tmp_path / "data.jsonl")
+
+
+def sidecars(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*mask_fisher*"))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_compute_measures_every_architecture(tmp_path: Path, data: Path, architecture: str) -> None:
+    folder = tiny.checkpoint(tmp_path / architecture, architecture)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    out = run("compute", folder, "--data", data, "--samples", "12").stdout
+    assert f"{folder}: 12 samples, accuracy 0." in out
+    assert f"s on cpu, {folder / 'fisher' / 'mask_fisher.safetensors'}" in out
+    sidecar = read(folder / store.BESIDE)
+    assert [site.kind for site in sidecar.metadata.sites] == ["attention", "ffn"] * 2
+    assert sidecar.metadata.settings.data == str(data)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_the_sidecar_says_what_was_measured(model: Path, data: Path) -> None:
+    run(
+        "compute",
+        model,
+        "--data",
+        data,
+        "--samples",
+        "12",
+        "--seed",
+        "3",
+        "--labels",
+        "sampled",
+        "--max-length",
+        "9",
+    )
+    metadata = read(model / store.BESIDE).metadata
+    assert (metadata.checkpoint, metadata.revision, metadata.samples) == (str(model), None, 12)
+    assert (metadata.architecture, metadata.max_length) == ("BertForSequenceClassification", 9)
+    assert (metadata.settings.seed, metadata.settings.labels, metadata.settings.estimator) == (
+        3,
+        "sampled",
+        "sample",
+    )
+    assert (metadata.data.text, metadata.data.label, metadata.data.rows) == (("text",), "label", 24)
+    assert metadata.versions["torch"] == torch.__version__
+    assert (metadata.device, metadata.data.label_map) == ("cpu", {"0": 0, "1": 1})
+
+
+def test_variants_differ_and_each_is_named(model: Path, data: Path, tmp_path: Path) -> None:
+    def measured(*options: str) -> Sidecar:
+        out = tmp_path / f"{'-'.join(options)}.safetensors"
+        run("compute", model, "--data", data, "--samples", "12", "--out", out, *options)
+        return read(out)
+
+    plain = measured()
+    output = "bert.encoder.layer.0.output.dense"
+    for options in (
+        ("--estimator", "batch", "--batch-size", "4"),
+        ("--mask-placement", "pre"),
+        ("--labels", "exact"),
+        ("--labels", "sampled"),
+        ("--dtype", "bfloat16"),
+        ("--seed", "1"),
+    ):
+        other = measured(*options)
+        assert other.metadata.settings != plain.metadata.settings
+        with pytest.raises(AssertionError):
+            assert_close(dict(other.fisher[output]), dict(plain.fisher[output]), rtol=1e-3, atol=0)
+    other = measured("--batch-size", "5")
+    assert_close(dict(other.fisher[output]), dict(plain.fisher[output]), rtol=1e-4, atol=0)
+
+
+def test_the_same_request_is_served_and_another_or_force_or_a_change_measures_anew(
+    model: Path, data: Path
+) -> None:
+    def again(*options: str) -> bool:
+        return "measured before" in run("compute", model, "--data", data, "--samples", "12", *options).stdout
+
+    assert not again()
+    assert again()
+    assert not again("--seed", "1")
+    assert again("--seed", "1")
+    assert not again("--seed", "1", "--force")
+    tiny.write_data(data, seed=5)
+    assert not again("--seed", "1")
+    tiny.checkpoint(model, seed=9)
+    assert not again("--seed", "1")
+    (model / store.BESIDE).write_bytes(b"broken")
+    assert not again("--seed", "1")
+    assert again("--seed", "1")
+
+
+def test_fewer_rows_than_asked_uses_all_and_says_so(model: Path, data: Path) -> None:
+    result = run("compute", model, "--data", data)
+    assert "has 24 rows, 128 were asked for: used all" in result.stderr
+    assert read(model / store.BESIDE).metadata.samples == 24
+
+
+def test_labels_that_do_not_match_are_warned_of_loudly(model: Path, data: Path, tmp_path: Path) -> None:
+    """Labels that the checkpoint itself gives, swapped: accuracy 0."""
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", str(model))
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    swapped = [row | {"label": 1 - int(classify(row["text"])[0]["label"][-1])} for row in rows]
+    data.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    result = run("compute", model, "--data", data)
+    assert "accuracy 0.000" in result.stdout
+    assert "WARNING: accuracy on the samples is 0.000, no better than always guessing" in result.stderr
+    result = run("compute", model, "--data", data, "--label-map", "0=1,1=0")
+    assert "accuracy 1.000" in result.stdout
+    assert "WARNING" not in result.stderr
+
+
+def test_a_checkpoint_without_a_padding_token_is_measured_one_by_one(tmp_path: Path, data: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "padless", "llama", pad_token_id=None)
+    padded = tiny.checkpoint(tmp_path / "padded", "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    result = run("compute", folder, "--data", data)
+    assert "has no padding token: measuring one sample at a time" in result.stderr
+    run("compute", padded, "--data", data)
+    one, other = read(folder / store.BESIDE), read(padded / store.BESIDE)
+    for output, vectors in one.fisher.items():
+        assert_close(dict(vectors), dict(other.fisher[output]), rtol=1e-3, atol=1e-9)
+    assert "no padding token, so estimator 'batch'" in run(
+        "compute", folder, "--data", data, "--estimator", "batch", code=1
+    ).stderr  # fmt: skip
+
+
+def test_a_pytorch_bin_checkpoint_and_a_sharded_one(tmp_path: Path, model: Path, data: Path) -> None:
+    run("compute", model, "--data", data)
+    wanted = read(model / store.BESIDE)
+    state = load_file(model / "model.safetensors")
+    pickled = shutil.copytree(
+        model, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors", "fisher")
+    )
+    torch.save(state, pickled / "pytorch_model.bin")
+    sharded = shutil.copytree(
+        model, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors", "fisher")
+    )
+    names = sorted(state)
+    where = {name: f"model-0000{1 + (index % 2)}-of-00002.safetensors" for index, name in enumerate(names)}
+    for file in sorted(set(where.values())):
+        save_file(
+            {name: state[name] for name in names if where[name] == file}, sharded / file, {"format": "pt"}
+        )
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for folder in (pickled, sharded):
+        run("compute", folder, "--data", data)
+        got = read(folder / store.BESIDE)
+        assert got.metadata.sites == wanted.metadata.sites
+        for output, vectors in wanted.fisher.items():
+            assert_close(dict(got.fisher[output]), dict(vectors), rtol=1e-5, atol=0)
+        for name, values in wanted.values.items():
+            assert_close(got.values[name], values, rtol=0, atol=0)
+
+
+def test_a_recipe_measures_all_its_models(tmp_path: Path, model: Path, data: Path) -> None:
+    other = tiny.sibling(tmp_path / "other", model, seed=1)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: fisher_mask\nfisher: {{samples: 6, data: '{data}'}}\nmodels:\n"
+        f"  - model: {model}\n  - model: {other}\n    fisher: {{seed: 1}}\n"
+        f"    parameters: {{sidecar: '{tmp_path / 'elsewhere.safetensors'}'}}\n"
+    )
+    out = run("compute", recipe, "--batch-size", "3").stdout
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(model), str(other)]
+    assert read(model / store.BESIDE).metadata.settings.seed == 0
+    assert read(tmp_path / "elsewhere.safetensors").metadata.settings.seed == 1
+    assert not (other / store.BESIDE).exists()
+    assert "--out takes one model" in run("compute", recipe, "--out", tmp_path / "x", code=1).stderr
+
+
+def test_a_recipe_with_another_method_is_measured_and_says_so(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {model}, fisher: {{data: {data}}}}}]")
+    assert "merge_method is linear, which uses no sidecars" in run("compute", recipe).stderr
+    assert (model / store.BESIDE).is_file()
+
+
+def test_a_model_without_data_needs_a_sidecar(tmp_path: Path, model: Path, data: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: fisher_mask\nmodels: [{{model: {model}}}]")
+    assert "has no sidecar and no data to measure it on" in run("compute", recipe, code=1).stderr
+    run("compute", model, "--data", data)
+    assert f"no data in the recipe; its sidecar is {model / store.BESIDE}" in run("compute", recipe).stderr
+
+
+def test_a_read_only_checkpoint_is_served_from_the_cache(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.os, "access", lambda path, mode: False)
+    out = run("compute", model, "--data", data).stdout
+    assert str(store.cache_folder()) in out
+    assert sidecars(model) == []
+    assert "measured before" in run("compute", model, "--data", data).stdout
+
+
+def _breaks(folder: Path, case: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    if case == "no config":
+        (folder / "config.json").unlink()
+    elif case == "config not JSON":
+        (folder / "config.json").write_text("{")
+    elif case == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif case == "truncated weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    elif case == "no head":
+        save_file({k: v for k, v in state.items() if "classifier" not in k}, folder / "model.safetensors")
+    elif case == "no known site":
+        save_file(
+            {k.replace("query", "quest").replace("inter", "enter"): v for k, v in state.items()},
+            folder / "model.safetensors",
+        )
+    elif case == "nan":
+        state["bert.embeddings.word_embeddings.weight"][:] = torch.nan
+        save_file(state, folder / "model.safetensors")
+    elif case == "causal":
+        config["architectures"] = ["BertLMHeadModel"]
+    elif case == "regression":
+        config["problem_type"] = "regression"
+    elif case == "heads":
+        config["num_attention_heads"] = 5
+    if case in ("causal", "regression", "heads"):
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no config", "has no config.json"),
+        ("config not JSON", "config.json is not JSON"),
+        ("no weights", "has no model.safetensors or pytorch_model.bin"),
+        ("truncated weights", "cannot read model.safetensors"),
+        (
+            "no head",
+            "has no classifier.bias, classifier.weight: it is not a complete BertForSequenceClassification",
+        ),
+        ("no known site", "no mask site is known .* its tensors begin with bert.embeddings.LayerNorm"),
+        ("nan", "the loss of sample .* is nan"),
+        ("causal", "is a BertLMHeadModel; the pre-pass measures sequence classifiers"),
+        ("regression", "problem type regression; the pre-pass measures single-label"),
+        ("heads", "do not divide among 5 heads"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
+    model: Path, data: Path, case: str, message: str
+) -> None:
+    import re
+
+    _breaks(model, case)
+    result = run("compute", model, "--data", data, code=1)
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+    assert sidecars(model.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL"], "say what to measure .* on:  mergekit-fisher compute .* --data DATASET"),
+        (["MODEL", "--data", "DATA", "--label-map", "0"], "--label-map: expected DATA=CHECKPOINT pairs"),
+        (
+            ["MODEL", "--data", "DATA", "--samples", "0"],
+            "samples: Input should be greater than or equal to 1",
+        ),
+        (["MODEL", "--data", "DATA", "--text", "nope"], "has no column 'nope'; its columns are text, label"),
+        (["MODEL", "--data", "DATA", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["MODEL", "--data", "DATA", "--out", "MODEL/config.json/x"], "cannot write .*; nothing was written"),
+        (["MODEL+adapter", "--data", "DATA"], "applies an adapter; merge it into its base first"),
+        (["none.yml"], "cannot read recipe none.yml: No such file"),
+        (["DATA"], "data.jsonl is not YAML"),
+    ],
+)
+def test_bad_options_are_one_error(model: Path, data: Path, arguments: list[str], message: str) -> None:
+    import re
+
+    filled = [
+        part.replace("MODEL", str(model)).replace("DATA", str(data)) if part != "none.yml" else part
+        for part in arguments
+    ]
+    result = run("compute", *filled, code=1)
+    assert re.search(message, result.stderr), result.stderr
+    assert sidecars(model.parent) == []
+
+
+def test_no_such_checkpoint(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nosuch/model", "./nosuch"):
+        result = run("compute", name, "--data", data, code=1)
+        assert f"{name} is neither a folder here nor a checkpoint to be had from the hub: " in result.stderr
+
+
+def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prepass, "mask_fisher", full)
+    assert "too little memory for batches of 32; take a smaller batch_size" in run(
+        "compute", model, "--data", data, code=1
+    ).stderr  # fmt: skip
+
+
+def test_ctrl_c_leaves_no_file(tmp_path: Path, model: Path) -> None:
+    data = tiny.write_data(tmp_path / "much.jsonl", rows=200000)
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("mergekit-fisher"), "compute", model, "--data", data, "--samples", "200000",
+         "--batch-size", "2"],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
+    time.sleep(9)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; no unfinished file was left" in errors
+    assert "Traceback" not in errors
+    assert sidecars(tmp_path) == []
+
+
+def test_version_and_help() -> None:
+    from fisher_mask_mergekit import __version__
+
+    assert run("--version").stdout == f"{__version__}\n"
+    assert "compute" in run("--help").stdout

@@ -1,0 +1,109 @@
+"""The recipe: what is read of it, and what is said of a wrong one."""
+
+from pathlib import Path
+
+import pytest
+
+from fisher_mask_mergekit.errors import RecipeError
+from fisher_mask_mergekit.recipe import Recipe, read_recipe
+
+MODELS = """
+merge_method: fisher_mask
+models:
+  - model: org/a
+    fisher: {data: "glue:sst2", samples: 7}
+  - model: org/b@v1
+    fisher: {data: "glue:mrpc"}
+    parameters: {weight: 0.5, sidecar: there.safetensors}
+fisher: {samples: 9, seed: 3}
+dtype: float32
+"""
+SLICES = """
+merge_method: fisher_mask
+base_model: org/a
+slices:
+  - sources:
+      - {model: org/a, layer_range: [0, 2], fisher: {data: x.jsonl}, parameters: {weight: 1.0}}
+      - {model: org/b, layer_range: [0, 2], fisher: {data: y.jsonl}}
+  - sources:
+      - {model: org/a, layer_range: [2, 2]}
+"""
+
+
+def parse(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.yml"
+    path.write_text(text)
+    return read_recipe(path)
+
+
+def test_models_and_their_settings(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, MODELS)
+    first, second = recipe.models
+    assert (first.name, first.weight, first.sidecar, first.is_base) == ("org/a", None, None, False)
+    assert (second.name, second.weight, second.sidecar) == ("org/b@v1", 0.5, "there.safetensors")
+    assert first.settings is not None
+    assert second.settings is not None
+    assert (first.settings.data, first.settings.samples, first.settings.seed) == ("glue:sst2", 7, 3)
+    assert (second.settings.data, second.settings.samples) == ("glue:mrpc", 9)
+
+
+def test_slices_and_base(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, SLICES)
+    assert [(model.name, model.is_base, model.weight) for model in recipe.models] == [
+        ("org/a", True, 1.0),
+        ("org/b", False, None),
+    ]
+    assert [model.settings and model.settings.data for model in recipe.models] == ["x.jsonl", "y.jsonl"]
+
+
+def test_modules(tmp_path: Path) -> None:
+    recipe = parse(
+        tmp_path, "merge_method: fisher_mask\nmodules: {text: {models: [{model: org/a, fisher: {data: d}}]}}"
+    )
+    assert [model.name for model in recipe.models] == ["org/a"]
+
+
+def test_parameters_for_all_models(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, MODELS + "parameters: {weight: 2.0}")
+    assert [model.weight for model in recipe.models] == [2.0, 0.5]
+
+
+def test_an_unlisted_base_is_a_model_without_data(tmp_path: Path) -> None:
+    recipe = parse(tmp_path, MODELS + "base_model: org/parent")
+    assert [(model.name, model.is_base) for model in recipe.models][2] == ("org/parent", True)
+    assert recipe.models[2].settings is None
+
+
+def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(MODELS)
+    settings = [model.settings for model in read_recipe(path, {"samples": 2, "text": "body"}).models]
+    assert [one and (one.samples, one.text) for one in settings] == [(2, "body"), (2, "body")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: [", "is not YAML: while parsing"),
+        ("just words", "is not a mergekit recipe: it has no merge_method"),
+        ("merge_method: fisher_mask", "names no models"),
+        ("merge_method: fisher_mask\nmodels: org/a", "models or sources must be a list, got org/a"),
+        ("merge_method: fisher_mask\nmodels: [org/a]", "an entry of models or sources must be a mapping"),
+        ("merge_method: fisher_mask\nmodels: [{weight: 1}]", "expected 'model: NAME'"),
+        (MODELS.replace("samples: 7", "sampels: 7"), "fisher of org/a: unknown key 'sampels'; known keys: data, samples"),
+        (MODELS.replace("samples: 9", "sample: 9"), "recipe.yml: fisher: unknown key 'sample'"),
+        (MODELS.replace("samples: 7", "samples: 0"), "samples: Input should be greater than or equal to 1, got 0"),
+        (MODELS.replace("samples: 7", "labels: some"), "labels: Input should be 'data', 'sampled' or 'exact', got 'some'"),
+        (MODELS.replace("samples: 7", "estimator: batch, labels: exact"), "it takes labels data or sampled"),
+        (MODELS.replace('{data: "glue:sst2", samples: 7}', "glue:sst2"), "fisher of org/a must be a mapping"),
+        (SLICES.replace("[2, 2]}", "[2, 2], fisher: {data: z}}"), "org/a appears twice with different fisher: keys"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse(tmp_path, text)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*none.yml: No such file"):
+        read_recipe(tmp_path / "none.yml")

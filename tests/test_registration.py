@@ -1,0 +1,156 @@
+"""mergekit knows the method without being asked, and torch never suffers for it."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import fisher_mask_mergekit
+from fisher_mask_mergekit.autoload import install
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = Path(sys.executable).parent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, cwd="/", check=False
+    )  # fmt: skip
+
+
+def output(code: str, **environment: str) -> str:
+    result = python(code, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+LISTED = "from mergekit.merge_methods import registered_methods as r; print([m.spec.name for m in r()].count('fisher_mask'))"
+
+
+def test_the_host_lists_the_method() -> None:
+    assert output(LISTED) == "1"
+
+
+def test_importing_the_package_registers_too_in_either_order_and_once() -> None:
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    assert output(LISTED, **off) == "0"
+    assert output(f"import fisher_mask_mergekit; {LISTED}", **off) == "1"
+    assert output(f"import mergekit.merge_methods, fisher_mask_mergekit; {LISTED}", **off) == "1"
+    assert output(f"import fisher_mask_mergekit; {LISTED}") == "1"
+    twice = "import mergekit.merge_methods; from fisher_mask_mergekit.autoload import install; install(); install()"
+    assert output(f"{twice}; {LISTED}") == "1"
+
+
+HEAVY = "('mergekit', 'transformers', 'datasets', 'pydantic', 'typer', 'safetensors')"
+
+
+def loaded(code: str, names: str = HEAVY, **environment: str) -> str:
+    return output(
+        f"import sys\n{code}\nprint([name for name in {names} if name in sys.modules])", **environment
+    )
+
+
+def test_a_plain_import_of_torch_loads_nothing_heavy() -> None:
+    assert loaded("import torch\nassert 'fisher_mask_mergekit.autoload' in sys.modules") == "[]"
+    assert loaded("import fisher_mask_mergekit", f"({HEAVY[1:-1]}, 'torch')") == "[]"
+    # The same check sees what it looks for when it is there.
+    assert loaded("import torch, mergekit.merge_methods") != "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("method", "('datasets.load', 'typer', 'fisher_mask_mergekit.prepass', 'fisher_mask_mergekit.data')"),
+        ("prepass", "('mergekit', 'typer', 'fisher_mask_mergekit.method')"),
+        ("cli", "('torch', 'transformers', 'datasets', 'mergekit', 'pydantic')"),
+        ("recipe", "('torch', 'transformers', 'datasets', 'mergekit')"),
+    ],
+)
+def test_modules_do_not_load_what_they_do_not_need(module: str, absent: str) -> None:
+    assert loaded(f"import fisher_mask_mergekit.{module}", absent) == "[]"
+
+
+@pytest.mark.parametrize("broken", ["raise ImportError('broken')", "raise SystemError('broken')", "1/0"])
+def test_a_broken_registration_breaks_neither_torch_nor_mergekit(broken: str, tmp_path: Path) -> None:
+    """The method's module is replaced by one that fails to import."""
+    code = f"""
+import sys, importlib.abc, importlib.util
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == 'fisher_mask_mergekit.method' else None
+    def create_module(self, spec): return None
+    def exec_module(self, module): {broken}
+sys.meta_path.insert(0, Broken())
+import torch
+torch.ones(1)
+{LISTED}
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "0"
+    assert "mergekit will not know the merge method 'fisher_mask'" in result.stderr
+
+
+def test_install_is_idempotent_in_this_process() -> None:
+    before = list(sys.meta_path)
+    install()
+    assert sys.meta_path == before
+
+
+def test_entry_points_are_declared() -> None:
+    points = distribution("fisher-mask-mergekit").entry_points
+    found = {(point.group, point.name): point.value for point in points}
+    assert found["torch.backends", "fisher_mask_mergekit"] == "fisher_mask_mergekit.autoload:install"
+    assert found["mergekit.merge_methods", "fisher_mask"] == "fisher_mask_mergekit.method:fisher_mask"
+    assert found["console_scripts", "mergekit-fisher"] == "fisher_mask_mergekit.cli:main"
+
+
+def test_the_version_is_the_distributions() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fisher_mask_mergekit.__version__
+
+
+def test_the_wheel_registers_too(tmp_path: Path) -> None:
+    """Built, unpacked outside the source tree, and put before the editable install on the path."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, site], check=True)
+    where = "import torch, fisher_mask_mergekit.autoload as a, mergekit.merge_methods; print(a.__file__)"
+    assert output(where, PYTHONPATH=str(site)).startswith(str(site))
+    assert output(LISTED, PYTHONPATH=str(site)) == "1"
+    files = {str(file.relative_to(site)) for file in site.rglob("*") if file.is_file()}
+    assert "fisher_mask_mergekit/cli.py" in files
+    assert not any(file.startswith(("tests", "docs", "benchmarks")) for file in files)
+
+
+@pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-multi", "mergekit-pytorch"])
+def test_plain_commands_of_mergekit_know_the_method(command: str, tmp_path: Path) -> None:
+    """Each gets as far as the method's own complaint, that an input has no sidecar."""
+    from tests import tiny
+
+    folder = tiny.checkpoint(tmp_path / "a")
+    other = tiny.sibling(tmp_path / "b", folder, seed=1)
+    inner = "/model.safetensors" if command == "mergekit-pytorch" else ""
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: fisher_mask\nmodels: [{{model: {folder}{inner}}}, {{model: {other}{inner}}}]\n"
+    )
+    arguments: list[str | Path] = [recipe, tmp_path / "out"]
+    if command == "mergekit-multi":
+        arguments = [recipe, "--out-path", tmp_path / "out", "-I", tmp_path / "between"]
+    result = subprocess.run(
+        [SCRIPTS / command, *arguments], capture_output=True, text=True, check=False,
+        env=os.environ | {"FISHER_MASK_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Error: SidecarNotFoundError" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
