@@ -1,5 +1,6 @@
 """The merge method ``fisher_mask``."""
 
+import shlex
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -172,9 +173,8 @@ def _fisher(
     try:
         found = sidecar.identify(name, entry.tensor)
     except SidecarMismatchError as error:
-        spec = sidecar.metadata.settings.data
         raise SidecarMismatchError(
-            f"{error}\n  Measure this checkpoint:  mergekit-fisher compute {entry.id} --data {spec}"
+            f"{error}\n  Measure this checkpoint:  {_compute_command(entry.id)}"
         ) from error
     if found is not None and found[1].rows != "mean":
         site, governed = found
@@ -225,15 +225,20 @@ def _sidecar(model: Hashable, given: str, missing: Missing) -> Sidecar | None:
     if path is None:
         if missing == "average":
             return None
-        raise SidecarNotFoundError(
-            f"there is no sidecar for {model}. Measure it:  mergekit-fisher compute {model} --data DATASET"
-            "  (or run  mergekit-fisher compute  on the recipe)"
-        )
+        raise SidecarNotFoundError(f"there is no sidecar for {model}. Measure it:  {_compute_command(model)}")
     try:
         state = path.stat()
     except OSError as error:
         raise SidecarError(f"cannot read sidecar {path}: {error.strerror}") from error
     return _read_once(path, state.st_mtime_ns, state.st_size)
+
+
+def _compute_command(model: Hashable) -> str:
+    """What to run to measure a model: the recipe that mergekit-yaml is running says on what."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.command.name == "mergekit-yaml":
+        return f"mergekit-fisher compute {shlex.quote(context.params['config_file'])}"
+    return f"mergekit-fisher compute {shlex.quote(str(model))} --data DATASET"
 
 
 @lru_cache(maxsize=64)

@@ -152,5 +152,7 @@ def test_plain_commands_of_mergekit_know_the_method(command: str, tmp_path: Path
     )  # fmt: skip
     assert result.returncode == 1
     assert "Error: SidecarNotFoundError" in result.stderr
+    what = str(recipe) if command == "mergekit-yaml" else f"{folder}"
+    assert f"Measure it:  mergekit-fisher compute {what}" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -150,9 +150,8 @@ def pretrain(texts: Sequence[str], tokenizer: Any, sizes: Sizes, folder: Path) -
             "labels": torch.where(hidden, ids, _IGNORED),
         }
 
-    losses = _train(
-        model, mask, len(texts), sizes.batch_size, sizes.pretraining_epochs, sizes.pretraining_rate
-    )
+    lengths = [len(row["input_ids"]) for row in encoded]
+    losses = _train(model, mask, lengths, sizes.batch_size, sizes.pretraining_epochs, sizes.pretraining_rate)
     _save(model, tokenizer, folder)
     return losses[0], losses[-1]
 
@@ -180,8 +179,8 @@ def fine_tune(rows: Rows, labels: Sequence[str], parent: Path, sizes: Sizes, fol
         padded = tokenizer.pad([encoded[i] for i in index], return_tensors="pt")
         return {**padded, "labels": targets[list(index)]}
 
-    count = len(rows.texts)
-    _train(model, batch, count, sizes.batch_size, sizes.fine_tuning_epochs, sizes.fine_tuning_rate)
+    lengths = [len(row["input_ids"]) for row in encoded]
+    _train(model, batch, lengths, sizes.batch_size, sizes.fine_tuning_epochs, sizes.fine_tuning_rate)
     _save(model, tokenizer, folder)
 
 
@@ -208,20 +207,19 @@ def _encode(texts: Sequence[str], tokenizer: Any) -> list[dict[str, list[int]]]:
 
 
 def _train(
-    model: nn.Module, batch: Any, count: int, batch_size: int, epochs: int, rate: float
+    model: nn.Module, batch: Any, lengths: Sequence[int], batch_size: int, epochs: int, rate: float
 ) -> list[float]:
     """Train with AdamW, a short warm-up and linear decay; the mean loss of each epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    steps = epochs * -(-count // batch_size)
+    steps = epochs * -(-len(lengths) // batch_size)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     generator = numpy.random.default_rng(SEED)
     model.train()
     means = []
     for _ in range(epochs):
-        order = generator.permutation(count).tolist()
         losses = []
-        for start in range(0, count, batch_size):
-            loss = model(**batch(order[start : start + batch_size])).loss
+        for index in _batches(lengths, batch_size, generator):
+            loss = model(**batch(index)).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -230,6 +228,22 @@ def _train(
             losses.append(loss.item())
         means.append(sum(losses) / len(losses))
     return means
+
+
+def _batches(
+    lengths: Sequence[int], batch_size: int, generator: numpy.random.Generator
+) -> Iterator[list[int]]:
+    """All rows once, in random batches of like length: half of the time would go into padding otherwise."""
+    order = generator.permutation(len(lengths)).tolist()
+    pool = 16 * batch_size
+    sorted_pools = [
+        sorted(order[start : start + pool], key=lambda i: lengths[i]) for start in range(0, len(order), pool)
+    ]
+    batches = [
+        rows[start : start + batch_size] for rows in sorted_pools for start in range(0, len(rows), batch_size)
+    ]
+    for position in generator.permutation(len(batches)):
+        yield batches[position]
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -1,0 +1,16 @@
+"""Every test has caches of its own, and no network unless it starts a server itself."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Read when the libraries are imported, so set before any test module is.
+_home = tempfile.TemporaryDirectory(prefix="fisher-mask-tests-")
+os.environ |= {"HF_HOME": _home.name, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHER_MASK_CACHE", str(tmp_path / "cache"))
