@@ -96,7 +96,7 @@ def compute(
     ] = False,
 ) -> None:
     """Measure the checkpoints of a recipe, or one checkpoint, and write their sidecars."""
-    given = {
+    given: dict[str, Any] = {
         "data": data,
         "samples": samples,
         "seed": seed,

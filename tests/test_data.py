@@ -202,7 +202,7 @@ def test_an_explicit_map_beats_names_and_indices(tmp_path: Path) -> None:
 
 
 def test_batches_are_right_padded_truncated_and_by_length(tmp_path: Path) -> None:
-    texts = [("w5 w6",), ("w5 w6 w7 w8 w9 w10",), ("w5",)]
+    texts: list[tuple[str, ...]] = [("w5 w6",), ("w5 w6 w7 w8 w9 w10",), ("w5",)]
     record = draw(jsonl(tmp_path / "d.jsonl", {"text": "x", "label": 0})).record
     drawn = Samples(texts, [0, 1, 2], record, 3)
     tokenizer = tiny.tokenizer()

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import click.testing
 import pytest
 import torch
-import typer
+import typer.testing
 import yaml
-from click.testing import CliRunner
 from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,8 +35,12 @@ def command(name: str, *arguments: str | Path, cwd: Path, code: int = 0) -> subp
 
 def quickly(name: str, *arguments: str | Path, code: int = 0) -> str:
     """The same command in this process, where starting one each time would take most of the test."""
-    main = run_yaml.main if name == "mergekit-yaml" else typer.main.get_command(app)
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    given = [str(argument) for argument in arguments]
+    result: Any
+    if name == "mergekit-yaml":
+        result = click.testing.CliRunner().invoke(run_yaml.main, given)
+    else:
+        result = typer.testing.CliRunner().invoke(app, given)
     assert result.exit_code == code, result.output
     return result.output if code else result.stdout
 

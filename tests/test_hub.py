@@ -164,7 +164,10 @@ def assert_merged(user: User, out: str, folders: Path) -> None:
     }
 
 
-def test_the_hub_here_answers_clients_as_the_hub_does(newcomer: User, folders: Path) -> None:
+def test_the_hub_here_answers_clients_as_the_hub_does(
+    newcomer: User, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     api = HfApi(endpoint=newcomer.endpoint, token=False)
     sha = newcomer.shas["datasets/org/words"]
     assert api.model_info("org/bert-a").sha == newcomer.shas["models/org/bert-a"]
@@ -285,12 +288,30 @@ def test_a_moved_branch_needs_a_new_sidecar_and_the_old_commit_does_not(
     new = returning.hub.push("models/org/bert-a", tiny.sibling(tmp_path / "new", folders / "bert-a", seed=2))
     assert new != old
     done = returning.run("mergekit-yaml", "recipe.yml", "moved", code=1)
-    assert (
-        "there is no sidecar for org/bert-a. Measure it:  mergekit-fisher compute org/bert-a" in done.stderr
-    )
+    assert "there is no sidecar for org/bert-a. Measure it:  mergekit-fisher compute " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (returning.home / "moved" / "model.safetensors").exists()
     recipe = returning.home / "recipe.yml"
     recipe.write_text(RECIPE.replace("org/bert-a", f"org/bert-a@{old}"))
     returning.run("mergekit-yaml", "recipe.yml", "out")
     assert_merged(returning, "out", folders)
+
+
+def test_moved_data_is_measured_anew_and_never_passed_off_as_the_old(
+    returning: User, folders: Path, tmp_path: Path
+) -> None:
+    old = returning.shas["datasets/org/words"]
+    words = shutil.copytree(folders / "words", tmp_path / "words")
+    tiny.write_data(words / "data" / "short.jsonl", rows=22, seed=7)
+    new = returning.hub.push("datasets/org/words", words)
+    before = {path: read(path).metadata.data for path in returning.sidecars()}
+    assert "measured before" not in returning.run("mergekit-fisher", "compute", "recipe.yml").stdout
+    for path, data in before.items():
+        after = read(path).metadata.data
+        assert (data.revision, data.rows, after.revision, after.rows) == (old, 24, new, 22)
+        assert after.digest != data.digest
+    # The data sets library has the old commit too, but offline it loads the newest whatever is asked for.
+    pinned = ("mergekit-fisher", "compute", "org/bert-a", "--data", f"org/words:short@{old}")
+    done = returning.run(*pinned, "--out", "pinned.safetensors", code=1, HF_HUB_OFFLINE="1")
+    assert f"revision {old} was asked for" in done.stderr
+    assert not (returning.home / "pinned.safetensors").exists()

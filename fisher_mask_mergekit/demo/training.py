@@ -1,6 +1,5 @@
 """A small BERT from bundled text alone: tokenizer, masked-LM training, fine-tuning, evaluation."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,23 +36,21 @@ class Sizes:
         fine_tuning_rate: Its highest learning rate.
         train_rows: Training rows per task at most; None for all.
         held_out_rows: Held-out rows per task at most; None for all.
-        resamples: Of the held-out rows, for the standard errors.
     """
 
-    vocabulary: int = 3000
+    vocabulary: int = 2000
     layers: int = 4
-    hidden: int = 192
-    heads: int = 6
-    neurons: int = 768
+    hidden: int = 128
+    heads: int = 4
+    neurons: int = 512
     max_length: int = 48
     batch_size: int = 32
-    pretraining_epochs: int = 12
+    pretraining_epochs: int = 15
     pretraining_rate: float = 1e-3
     fine_tuning_epochs: int = 6
-    fine_tuning_rate: float = 3e-4
+    fine_tuning_rate: float = 5e-4
     train_rows: int | None = None
     held_out_rows: int | None = None
-    resamples: int = 2000
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,6 @@ class Rows:
 
     texts: tuple[str, ...]
     labels: tuple[str, ...]
-
-
-def read_rows(file: Path) -> Rows:
-    """Read a jsonl file with the fields ``text`` and ``label``."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return Rows(tuple(row["text"] for row in rows), tuple(row["label"] for row in rows))
 
 
 @contextmanager

@@ -1,0 +1,135 @@
+"""What the benchmark works on: two checkpoints of one shape, text to measure on, and their sidecars.
+
+    python benchmarks/inputs.py WORK [--checkpoint FOLDER] [--data FILE] [--samples N] [--gib N] [--device D]
+
+Makes WORK/first, WORK/second and, where no data is given, WORK/data.jsonl. The given checkpoint is linked,
+never written to. Prints a line of JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from fisher_mask_mergekit.prepass import compute, pick_device
+from fisher_mask_mergekit.settings import FisherSettings
+
+VOCABULARY = 30522
+WORDS = (8, 56)
+"""Fewest and most words of a made-up sample."""
+
+NOISE = 0.01
+"""The second checkpoint is the first plus noise of this share of each tensor's standard deviation."""
+
+
+def bert_config(gib: float | None) -> BertConfig:
+    """BERT-base's shape; or, for a wanted size of float32 weights, wider and as deep as it takes."""
+    wider: dict[str, Any] = {}
+    if gib is not None:
+        hidden = 2048
+        per_layer = 12 * hidden**2
+        layers = round((gib * 2**30 / 4 - VOCABULARY * hidden) / per_layer)
+        wider = {
+            "hidden_size": hidden,
+            "num_attention_heads": 32,
+            "intermediate_size": 4 * hidden,
+            "num_hidden_layers": max(1, layers),
+        }
+    return BertConfig(vocab_size=VOCABULARY, num_labels=2, **wider)
+
+
+def random_classifier(folder: Path, gib: float | None = None) -> None:
+    """A complete BERT classifier with random weights and a word-level tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(bert_config(gib)).save_pretrained(folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = special + [f"w{index}" for index in range(len(special), VOCABULARY)]
+    inner = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_max_length=512,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def link(checkpoint: Path, folder: Path) -> None:
+    """The checkpoint's files under another folder, so that a sidecar beside it is not written to the original."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file.resolve())
+
+
+def perturbed_copy(source: Path, folder: Path) -> None:
+    """A checkpoint of the same shape and dtype with other values."""
+    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.add_((noise * NOISE * parameter.float().std(correction=0)).to(parameter.dtype))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def random_text(path: Path, checkpoint: Path, rows: int) -> None:
+    """Random tokens of the checkpoint's vocabulary, and random labels."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    labels = AutoConfig.from_pretrained(checkpoint).num_labels
+    special = set(tokenizer.all_special_ids)
+    ordinary = [index for index in range(len(tokenizer)) if index not in special]
+    generator = numpy.random.default_rng(0)
+    lines = []
+    for _ in range(rows):
+        ids = generator.choice(ordinary, size=generator.integers(*WORDS, endpoint=True))
+        row = {"text": tokenizer.decode(ids.tolist()), "label": int(generator.integers(labels))}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--gib", type=float)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    first, second = options.work / "first", options.work / "second"
+    if options.checkpoint is None:
+        random_classifier(first, options.gib)
+    else:
+        link(options.checkpoint, first)
+    perturbed_copy(first, second)
+    data = options.data
+    if data is None:
+        data = options.work / "data.jsonl"
+        random_text(data, first, options.samples)
+    settings = FisherSettings(data=str(data.resolve()), samples=options.samples)
+    device = pick_device(None if options.device == "auto" else options.device)
+    for folder in (first, second):
+        compute(str(folder), settings, device=device)
+    print(json.dumps({"data": str(data), "bytes": sum(file.stat().st_size for file in second.glob("*.safetensors"))}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The pre-pass and what it is compared with, timed or weighed inside one process.
+
+    python benchmarks/passes.py {time,memory} CHECKPOINT DATA [--samples N] [--repeats N] [--device D] [--run NAME]
+
+``speed.py`` runs this and prints the table; here a line of JSON is printed.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
+from fisher_mask_mergekit.data import load_samples, token_batches
+from fisher_mask_mergekit.fisher import Batch, NodeKey, mask_fisher
+from fisher_mask_mergekit.prepass import pick_device
+from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.sites import Site, find_sites
+from fisher_mask_mergekit.tasks import log_probabilities
+
+MOST_TOKENS = 512
+SLOW_REPEATS = 2
+"""What takes many times the pre-pass's time is repeated this often at most."""
+
+FULL_FISHER_SAMPLES = 32
+EXACT_FULL_FISHER_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, frozen and in evaluation mode, and what it is measured on."""
+
+    model: nn.Module
+    batches: list[Batch]
+    sites: tuple[Site, ...]
+    device: torch.device
+
+
+def load_workload(checkpoint: Path, data: str, samples: int, device: torch.device) -> Workload:
+    """The model and batches that ``mergekit-fisher compute`` would make of these, with its defaults."""
+    settings = FisherSettings(data=data, samples=samples)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, dtype=getattr(torch, settings.dtype)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    longest = min(MOST_TOKENS, tokenizer.model_max_length, model.config.max_position_embeddings)
+    batches = token_batches(
+        load_samples(settings, model.config.label2id),
+        tokenizer,
+        max_length=longest,
+        batch_size=settings.batch_size,
+        by_length=True,
+        device=device,
+    )
+    sites = find_sites(
+        tensor_shapes(locate(str(checkpoint))), model.config.get_text_config().num_attention_heads
+    )
+    model.eval().requires_grad_(False).to(device)
+    return Workload(model, list(batches), sites, device)
+
+
+def pre_pass(work: Workload) -> dict[NodeKey, Tensor]:
+    """The thing itself."""
+    return mask_fisher(work.model, work.batches, work.sites).fisher
+
+
+def lower_bound(work: Workload) -> None:
+    """Forward, and backward to the first site's input, of every batch, and nothing besides.
+
+    No weight gets a gradient. No way of measuring by one backward pass can be faster.
+    """
+
+    def start(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].detach().requires_grad_(), *args[1:])
+
+    with work.model.get_submodule(work.sites[0].output).register_forward_pre_hook(start):
+        for batch in work.batches:
+            log_probs = log_probabilities(work.model, batch.inputs)
+            (-log_probs.gather(1, batch.labels[:, None]).sum()).backward()
+
+
+def explicit_masks(work: Workload) -> dict[NodeKey, Tensor]:
+    """The definition: masks that multiply the activations, one sample at a time, gradients by autograd."""
+    masks = {
+        site.output: torch.ones(site.neurons or site.heads, device=work.device, requires_grad=True)
+        for site in work.sites
+    }
+
+    def multiply(mask: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * mask.repeat_interleave(args[0].shape[-1] // len(mask)), *args[1:])
+
+    handles = [
+        work.model.get_submodule(output).register_forward_pre_hook(partial(multiply, mask))
+        for output, mask in masks.items()
+    ]
+    sums: dict[NodeKey, Any] = {}
+    count = 0
+    for sample in single_samples(work.batches):
+        log_probs = log_probabilities(work.model, sample.inputs)
+        gradients = torch.autograd.grad(-log_probs[0, sample.labels[0]], list(masks.values()))
+        for site, gradient in zip(work.sites, gradients, strict=True):
+            wide = gradient.to(torch.float32 if work.device.type == "mps" else torch.float64)
+            for node, length in site.nodes().items():
+                square = wide.unflatten(0, (length, -1)).sum(-1).square()
+                sums[site.output, node] = sums.get((site.output, node), 0) + square
+        count += 1
+    for handle in handles:
+        handle.remove()
+    return {key: total / count for key, total in sums.items()}
+
+
+def full_fisher(work: Workload, samples: list[Batch], *, exact: bool) -> list[Tensor]:
+    """Diagonal Fisher information of every weight, one sample at a time.
+
+    With ``exact``, the expectation over labels of arXiv 2111.09832, else the data's labels.
+    """
+    work.model.requires_grad_(True)
+    parameters = list(work.model.parameters())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for sample in samples:
+        log_probs = log_probabilities(work.model, sample.inputs)[0]
+        labels = list(range(len(log_probs))) if exact else [int(sample.labels[0])]
+        for label in labels:
+            weight = float(log_probs[label].detach().exp()) if exact else 1.0
+            gradients = torch.autograd.grad(
+                log_probs[label], parameters, retain_graph=label != labels[-1], allow_unused=True
+            )
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient, gradient, value=weight)
+    work.model.requires_grad_(False)
+    return [total / len(samples) for total in sums]
+
+
+def single_samples(batches: list[Batch]) -> Iterator[Batch]:
+    """Every sample as a batch of one, without padding: one at a time there is nothing to pad to."""
+    for batch in batches:
+        width = batch.inputs["input_ids"].shape[1]
+        lengths = batch.inputs["attention_mask"].sum(1).tolist()
+        for row, length in enumerate(lengths):
+            inputs = {
+                name: tensor[row : row + 1, :length] if tensor.shape[1:2] == (width,) else tensor[row : row + 1]
+                for name, tensor in batch.inputs.items()
+            }
+            yield Batch(inputs, batch.labels[row : row + 1], batch.index[row : row + 1])
+
+
+def spread_out(samples: list[Batch], count: int) -> list[Batch]:
+    """A few of the samples, evenly over the order they are in, which is that of their length."""
+    count = min(count, len(samples))
+    return [samples[int((place + 0.5) * len(samples) / count)] for place in range(count)]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given, else the clock is read too early."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def clocked(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Wall time of a run, and the processor time it took on the host."""
+    synchronise(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    run()
+    synchronise(device)
+    return {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+
+
+def timings(work: Workload, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds of every run. Every repeat runs all of them, in turn, so that a ratio compares neighbours."""
+    singles = list(single_samples(work.batches))
+    few, fewer = spread_out(singles, FULL_FISHER_SAMPLES), spread_out(singles, EXACT_FULL_FISHER_SAMPLES)
+    quick: dict[str, Callable[[], object]] = {
+        "pre_pass": partial(pre_pass, work),
+        "lower_bound": partial(lower_bound, work),
+    }
+    slow: dict[str, Callable[[], object]] = {
+        "explicit_masks": partial(explicit_masks, work),
+        "full_fisher": partial(full_fisher, work, few, exact=False),
+        "exact_full_fisher": partial(full_fisher, work, fewer, exact=True),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*quick, *slow)}
+    for repeat in range(repeats):
+        # Whoever runs second may find warmer caches or a busier neighbour: take turns.
+        for name in list(quick)[:: -1 if repeat % 2 else 1]:
+            found[name].append(clocked(quick[name], work.device))
+        if repeat < SLOW_REPEATS:
+            for name, run in slow.items():
+                found[name].append(clocked(run, work.device))
+    return found
+
+
+def disagreement(got: dict[NodeKey, Tensor], wanted: dict[NodeKey, Tensor]) -> float:
+    """Largest difference, relative to the largest value of the same vector."""
+    if got.keys() != wanted.keys():
+        raise ValueError("the two ways do not measure the same mask nodes")
+    return max(float((got[key] - wanted[key]).abs().max() / wanted[key].max()) for key in wanted)
+
+
+def time_all(work: Workload, repeats: int) -> dict[str, Any]:
+    """Everything that is timed, and on what."""
+    warm = Workload(work.model, work.batches[:1], work.sites, work.device)
+    pre_pass(warm)
+    lower_bound(warm)
+    singles = list(single_samples(work.batches))
+    return {
+        "seconds": timings(work, repeats),
+        "disagreement": disagreement(pre_pass(work), explicit_masks(work)),
+        "samples": len(singles),
+        "full_fisher_samples": min(FULL_FISHER_SAMPLES, len(singles)),
+        "exact_full_fisher_samples": min(EXACT_FULL_FISHER_SAMPLES, len(singles)),
+        "labels": int(log_probabilities(work.model, singles[0].inputs).shape[1]),
+        "batches": [list(batch.inputs["input_ids"].shape) for batch in work.batches],
+        "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in work.batches),
+        "padded_tokens": sum(batch.inputs["input_ids"].numel() for batch in work.batches),
+        "model": type(work.model).__name__,
+        "parameters": sum(parameter.numel() for parameter in work.model.parameters()),
+        "sites": len(work.sites),
+        "dtype": str(next(work.model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else work.device.type,
+        "versions": {name: version(name) for name in ("torch", "transformers", "mergekit", "numpy")},
+    }
+
+
+def peak_bytes(work: Workload, run: Callable[[], object]) -> dict[str, Any]:
+    """Peak memory of a run in a process that did nothing else, and how much there was before it."""
+    if work.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(work.device)
+        before = torch.cuda.memory_allocated(work.device)
+        run()
+        synchronise(work.device)
+        return {"of": "device", "before": before, "peak": torch.cuda.max_memory_allocated(work.device)}
+    before = resident_bytes()
+    run()
+    return {"of": "process", "before": before, "peak": resident_bytes()}
+
+
+def resident_bytes() -> int:
+    """The process's largest resident set so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=("time", "memory"))
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--run", choices=("pre_pass", "lower_bound"), default="pre_pass")
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    device = pick_device(None if options.device == "auto" else options.device)
+    work = load_workload(options.checkpoint, options.data, options.samples, device)
+    if options.what == "time":
+        print(json.dumps(time_all(work, options.repeats)))
+    else:
+        run = pre_pass if options.run == "pre_pass" else lower_bound
+        print(json.dumps(peak_bytes(work, partial(run, work))))
+
+
+if __name__ == "__main__":
+    main()
