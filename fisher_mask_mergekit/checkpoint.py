@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.errors import CheckpointError, first_line
 
 # The same files that mergekit fetches, and vocabularies; a published sidecar comes along.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -56,9 +56,8 @@ def locate(name: str) -> Checkpoint:
             if not any(folder.glob("*.safetensors")):
                 folder = Path(snapshot_download(path, revision=wanted or None, allow_patterns=["*.bin"]))
         except Exception as error:  # The hub library raises its own, the HTTP library's and ValueErrors.
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{name} is neither a folder here nor a checkpoint to be had from the hub: {reason}"
+                f"{name} is neither a folder here nor a checkpoint to be had from the hub: {first_line(error)}"
             ) from error
         checkpoint = Checkpoint(name, folder, folder.name)
     if not (checkpoint.folder / "config.json").is_file():

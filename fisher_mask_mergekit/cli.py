@@ -240,6 +240,7 @@ def _progress(name: str) -> Iterator[tuple[Any, Any]]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),  # Else it leaves an empty line.
     ) as bar:
         task = bar.add_task(name, total=None, speed=0.0)
         started = time.perf_counter()

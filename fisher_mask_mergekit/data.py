@@ -12,7 +12,7 @@ import datasets
 import numpy
 import torch
 
-from fisher_mask_mergekit.errors import DataError
+from fisher_mask_mergekit.errors import DataError, first_line
 from fisher_mask_mergekit.fisher import Batch
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
@@ -29,6 +29,7 @@ TEXT_COLUMNS = (
     ("text_a",),
 )
 LABEL_COLUMNS = ("label", "labels")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -113,7 +114,7 @@ def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Sampl
         digest.update(json.dumps([*words, mapping[value]]).encode() + b"\n")
     record = DataRecord(
         split=spec.split,
-        revision=None if spec.is_local else _hub_revision(spec),
+        revision=None if spec.is_local else _loaded_revision(table, spec),
         text=text,
         label=label,
         label_map={
@@ -145,21 +146,41 @@ def _load(spec: DataSpec) -> datasets.Dataset:
             return datasets.load_from_disk(spec.path)
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
     except Exception as error:  # datasets raises its own, pyarrow's, the hub's and built-in errors.
-        cause = error.__cause__ or error
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        # This one only says that something went wrong; the others say what, in the user's words.
+        wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = first_line(error.__cause__ if wrapped and error.__cause__ else error)
         if "corresponds to no data" in reason:  # What datasets calls a split without rows.
             raise DataError(f"data '{spec.path}' has no rows") from error
         raise DataError(f"cannot load data '{spec.path}' (split {spec.split}): {reason}") from error
 
 
-def _hub_revision(spec: DataSpec) -> str | None:
-    """The data set's commit; what the user asked for if the hub cannot be reached."""
+def hub_revision(spec: DataSpec) -> str | None:
+    """The commit that the data set's name stands for now; None for local data and if the hub does not say."""
     from huggingface_hub import HfApi
 
+    if spec.is_local:
+        return None
     try:
         return HfApi().dataset_info(spec.path, revision=spec.revision, timeout=10).sha
-    except Exception:  # Offline, or not a hub data set: the data itself was read from the local cache.
-        return spec.revision
+    except Exception:  # Offline, for one: there may be a copy in the local cache.
+        return None
+
+
+def _loaded_revision(table: datasets.Dataset, spec: DataSpec) -> str | None:
+    """The commit that the rows came from.
+
+    Raises:
+        DataError: If it is not the one asked for: offline, datasets loads the latest copy that it has.
+    """
+    # datasets keeps what it made of a commit in a folder of the commit's name.
+    names = {Path(file["filename"]).parent.name for file in table.cache_files}
+    loaded = next((name for name in names if _COMMIT.fullmatch(name)), None) or hub_revision(spec)
+    if spec.revision and _COMMIT.fullmatch(spec.revision) and loaded != spec.revision:
+        raise DataError(
+            f"data '{spec.path}': revision {spec.revision} was asked for, but the hub cannot be reached and the "
+            f"local copy is of revision {loaded}"
+        )
+    return loaded
 
 
 def _columns(names: Sequence[str], settings: FisherSettings) -> tuple[tuple[str, ...], str]:

@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message says what happened, where, and what to do about it."""
 
+import re
+
 
 class FisherMaskError(Exception):
     """Base class of all errors raised on bad input."""
@@ -31,3 +33,11 @@ class SidecarMismatchError(SidecarError):
 
 class SidecarNotFoundError(SidecarError):
     """There is no sidecar for a checkpoint."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error that says something, else the error's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The hub's client puts the bare status first and what it means below.
+    telling = [line for line in lines if not re.match(r"\d{3} (Client|Server) Error\b", line)]
+    return next(iter(telling or lines), type(error).__name__)

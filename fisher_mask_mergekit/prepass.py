@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,13 +16,14 @@ from torch import nn
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_config, read_tensors, tensor_shapes
-from fisher_mask_mergekit.data import Samples, load_samples, parse_spec, token_batches
+from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec, token_batches
 from fisher_mask_mergekit.errors import (
     CheckpointError,
     FisherMaskError,
     MeasurementError,
     RecipeError,
     SidecarError,
+    first_line,
 )
 from fisher_mask_mergekit.fisher import Batch, mask_fisher
 from fisher_mask_mergekit.settings import FisherSettings
@@ -100,16 +101,10 @@ def compute(
     check_task(config, name)
     sites = _find_sites(checkpoint, config)
     target = out or store.destination(checkpoint)
-    there = [target] if out else store.find_all(checkpoint)
-    samples = (
-        load_samples(settings, config.label2id) if parse_spec(settings.data or "").is_local or force else None
-    )
-    for path in () if force else there:
-        served = _same_request(path, checkpoint, settings, samples)
-        if served is not None:
+    for path in [target] if out else store.find_all(checkpoint):
+        if not force and (served := _same_request(path, checkpoint, settings, config.label2id)) is not None:
             return Outcome(served, path, 0.0, True, ())
-    if samples is None:
-        samples = load_samples(settings, config.label2id)
+    samples = load_samples(settings, config.label2id)
     model, tokenizer = _load(checkpoint, config, settings)
     batch_size, notes = _batching(name, tokenizer, settings, len(samples.texts))
     max_length = _max_length(model, tokenizer, settings)
@@ -195,19 +190,23 @@ def _out_of_memory(batch_size: int) -> Iterator[None]:
 
 
 def _same_request(
-    path: Path, checkpoint: Checkpoint, settings: FisherSettings, samples: Samples | None
+    path: Path, checkpoint: Checkpoint, settings: FisherSettings, label2id: Mapping[str, int]
 ) -> Sidecar | None:
-    """The sidecar at ``path`` if it answers this very request for this very checkpoint."""
+    """The sidecar at ``path`` if it answers this very request for this very checkpoint and data."""
     try:
         sidecar = read(path)
         if sidecar.metadata.settings != settings:
             return None
-        if samples is not None and sidecar.metadata.data.digest != samples.record.digest:
-            return None
         sidecar.check_values(read_tensors(checkpoint, sidecar.governed))
     except (SidecarError, CheckpointError):
         return None
-    return sidecar
+    measured = sidecar.metadata.data
+    spec = parse_spec(settings.data or "")
+    if spec.is_local:
+        unchanged = load_samples(settings, label2id).record.digest == measured.digest
+    else:
+        unchanged = hub_revision(spec) in (measured.revision, None)
+    return sidecar if unchanged else None
 
 
 def _transformers_config(checkpoint: Checkpoint) -> Any:
@@ -244,8 +243,7 @@ def _transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
     except FisherMaskError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and others.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error
 
 
 def _find_sites(checkpoint: Checkpoint, config: Any) -> tuple[Site, ...]:

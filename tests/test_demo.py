@@ -22,9 +22,9 @@ TINY = Sizes(
     neurons=64,
     max_length=16,
     pretraining_epochs=1,
-    fine_tuning_epochs=6,
+    fine_tuning_epochs=3,
     fine_tuning_rate=3e-3,
-    train_rows=256,
+    train_rows=192,
     held_out_rows=120,
 )
 LABELS = {"banking77": 20, "clinc150": 30}
