@@ -345,13 +345,21 @@ def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch:
 def test_ctrl_c_leaves_no_file(tmp_path: Path, model: Path) -> None:
     data = tiny.write_data(tmp_path / "much.jsonl", rows=200000)
     process = subprocess.Popen(
-        [Path(sys.executable).with_name("mergekit-fisher"), "compute", model, "--data", data, "--samples", "200000",
-         "--batch-size", "2"],
+        [Path(sys.executable).with_name("mergekit-fisher"), "compute", model, "--data", data,
+         "--samples", "200000", "--batch-size", "2"],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+        # A runner in the background ignores this signal, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    time.sleep(9)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with process:
+        try:
+            while process.poll() is None and not list(tmp_path.glob("hf/**/*.arrow")):
+                time.sleep(0.1)
+            time.sleep(3)  # The data is read; now it tokenises, loads the model, or measures.
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, errors
     assert "interrupted; no unfinished file was left" in errors
     assert "Traceback" not in errors
