@@ -56,7 +56,10 @@ class _RegistryFinder:
 
 def _register(registry: ModuleType) -> None:
     try:
-        method = importlib.import_module("fisher_mask_mergekit.method").fisher_mask
+        module = importlib.import_module("fisher_mask_mergekit.method")
+        if not hasattr(module, "fisher_mask"):
+            return  # It is being imported this very moment, and calls install() at its end.
+        method = module.fisher_mask
         if method not in registry.registered_methods():
             registry.register(method)
     except Exception as error:

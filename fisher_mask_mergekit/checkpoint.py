@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fisher_mask_mergekit.errors import CheckpointError, first_line
+from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, first_line
 
 # The same files that mergekit fetches, and vocabularies; a published sidecar comes along.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -41,7 +43,7 @@ def locate(name: str) -> Checkpoint:
         name: Local folder, or hub id with or without ``@revision``.
 
     Raises:
-        CheckpointError: If it is neither, or has no configuration or weights.
+        CheckpointError: If it is neither, or has no configuration.
     """
     if "+" in name and not Path(name).exists():
         raise CheckpointError(f"{name} applies an adapter; merge it into its base first and name the result")
@@ -124,7 +126,12 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = checkpoint.folder / f"{stem}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{checkpoint.name}: {index.name} is not an index of weights"
+                ) from error
             return [checkpoint.folder / Path(name).name for name in names]
         if (checkpoint.folder / stem).is_file():
             return [checkpoint.folder / stem]
@@ -161,11 +168,29 @@ class _Pickled:
 
 @contextmanager
 def _open(checkpoint: Checkpoint, file: Path) -> Iterator[_Safetensors | _Pickled]:
+    with ExitStack() as stack:
+        try:
+            if file.suffix == ".safetensors":
+                opened: _Safetensors | _Pickled = _Safetensors(
+                    stack.enter_context(safe_open(file, framework="pt"))
+                )
+            else:
+                # torch's old format, from before its files were zip archives, cannot be mapped into memory.
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+                opened = _Pickled(state)
+        except (OSError, EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"{checkpoint.name}: cannot read {file.name}: {first_line(error)}"
+            ) from error
+        yield opened
+
+
+@contextmanager
+def transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers says of a checkpoint into one error."""
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as handle:
-                yield _Safetensors(handle)
-        else:
-            yield _Pickled(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.name}: cannot read {file.name}: {error}") from error
+        yield
+    except FisherMaskError:
+        raise
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and others.
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error

@@ -118,11 +118,11 @@ def compute(
 
         _silence_progress_bars()
         where = prepass.pick_device(device)
-        for name, settings, path in wanted:
+        # All that can be wrong is found before the first is measured.
+        jobs = [prepass.prepare(name, settings, out=path, force=force) for name, settings, path in wanted]
+        for (name, _, _), job in zip(wanted, jobs, strict=True):
             with _progress(name) as (on_start, on_batch):
-                outcome = prepass.compute(
-                    name, settings, device=where, out=path, force=force, on_start=on_start, on_batch=on_batch
-                )
+                outcome = prepass.compute(job, where, on_start=on_start, on_batch=on_batch)
             _report(name, outcome)
 
 
@@ -198,6 +198,9 @@ def _requests(
             _check_has_sidecar(model, target)
     if out is not None and len(measurable) > 1:
         raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
+    paths = [model.sidecar for model in measurable if model.sidecar]
+    if len(set(paths)) < len(paths):
+        raise RecipeError(f"{target}: two models have the same sidecar: {max(paths, key=paths.count)}")
     for model in measurable:
         assert model.settings is not None
         yield model.name, model.settings, out or (Path(model.sidecar).expanduser() if model.sidecar else None)

@@ -14,6 +14,7 @@ import torch
 
 from fisher_mask_mergekit.errors import DataError, first_line
 from fisher_mask_mergekit.fisher import Batch
+from fisher_mask_mergekit.labels import label_name, match_labels
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
 
@@ -79,13 +80,11 @@ class Samples:
         texts: One or two texts each.
         labels: Indices of the checkpoint's labels.
         record: Where they came from.
-        asked: How many were asked for; more than there are if the data set is smaller.
     """
 
     texts: list[tuple[str, ...]]
     labels: list[int]
     record: DataRecord
-    asked: int
 
 
 def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Samples:
@@ -108,7 +107,7 @@ def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Sampl
     rows = table.select(order)
     texts = list(zip(*(_texts(rows[column], column, settings.data) for column in text), strict=True))
     raw = list(rows[label])
-    mapping = _label_mapping(raw, table.features[label], label2id, settings)
+    mapping = match_labels(raw, table.features[label], label2id, settings)
     digest = hashlib.sha256()
     for words, value in zip(texts, raw, strict=True):
         digest.update(json.dumps([*words, mapping[value]]).encode() + b"\n")
@@ -118,12 +117,13 @@ def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Sampl
         text=text,
         label=label,
         label_map={
-            str(_label_name(table.features[label], value)): mapping[value] for value in sorted(mapping)
+            str(label_name(table.features[label], value)): mapping[value] for value in sorted(mapping)
         },
         rows=len(table),
         digest=digest.hexdigest(),
+        majority=max(raw.count(value) for value in set(raw)) / len(raw),
     )
-    return Samples(texts, [mapping[value] for value in raw], record, settings.samples)
+    return Samples(texts, [mapping[value] for value in raw], record)
 
 
 def _load(spec: DataSpec) -> datasets.Dataset:
@@ -134,6 +134,11 @@ def _load(spec: DataSpec) -> datasets.Dataset:
     if local_file and path.suffix not in _LOADERS:
         raise DataError(
             f"{spec.path}: expected one of {', '.join(_LOADERS)}, or a folder that datasets wrote"
+        )
+    one_split = local_file or (path / "state.json").is_file()
+    if one_split and (spec.config or spec.revision or spec.split != "train"):
+        raise DataError(
+            f"data '{spec.path}' is one local table; it has no configurations, splits or revisions"
         )
     if local_file and path.stat().st_size == 0:
         raise DataError(f"data '{spec.path}' has no rows")
@@ -189,7 +194,11 @@ def _columns(names: Sequence[str], settings: FisherSettings) -> tuple[tuple[str,
     text: tuple[str, ...] = known if settings.text is None else _as_tuple(settings.text)
     if not text:
         raise DataError(f"no text column found in '{settings.data}'; {there}; name it with text")
-    label = settings.label or next((name for name in LABEL_COLUMNS if name in names), None)
+    label = (
+        settings.label
+        if settings.label is not None
+        else next((name for name in LABEL_COLUMNS if name in names), None)
+    )
     if label is None:
         raise DataError(f"no label column found in '{settings.data}'; {there}; name it with label")
     missing = [name for name in (*text, label) if name not in names]
@@ -207,62 +216,6 @@ def _texts(column: Sequence[Any], name: str, data: str | None) -> list[str]:
         if not isinstance(value, str):
             raise DataError(f"'{data}': column '{name}' holds {type(value).__name__}, expected text")
     return list(column)
-
-
-def _label_mapping(
-    raw: Sequence[Any], feature: Any, label2id: Mapping[str, int], settings: FisherSettings
-) -> dict[Any, int]:
-    """From the labels that occur in the draw to the checkpoint's indices."""
-    refused = [value for value in raw if value is None or (isinstance(value, int) and value < 0)]
-    if refused:
-        raise DataError(
-            f"'{settings.data}': {len(refused)} of {len(raw)} drawn rows have label {refused[0]}, that is, none; "
-            "use a labelled split, or drop those rows"
-        )
-    if not all(isinstance(value, int | str) for value in raw):
-        raise DataError(f"'{settings.data}': labels are neither whole numbers nor names: {raw[0]!r:.80}")
-    checkpoint = {_normalise(name): index for name, index in label2id.items()}
-    mapping = {}
-    for value in set(raw):
-        name = _label_name(feature, value)
-        if settings.label_map is not None:
-            index = _mapped(value, name, settings.label_map, checkpoint)
-        elif (
-            isinstance(name, str)
-            and not name.isdigit()
-            and (_has_names(label2id) or not isinstance(value, int))
-        ):
-            index = checkpoint.get(_normalise(name))
-        else:
-            index = int(value) if str(value).isdigit() else None
-        if index is None or index not in label2id.values():
-            raise DataError(
-                f"'{settings.data}': label {name!r} has no counterpart among the checkpoint's labels "
-                f"({', '.join(f'{key}={index}' for key, index in list(label2id.items())[:20])}); say which with label_map"
-            )
-        mapping[value] = index
-    return mapping
-
-
-def _mapped(
-    value: Any, name: Any, label_map: Mapping[str | int, str | int], checkpoint: Mapping[str, int]
-) -> int | None:
-    target = next((label_map[key] for key in (name, value, str(value)) if key in label_map), None)
-    if isinstance(target, str):
-        return checkpoint.get(_normalise(target), int(target) if target.isdigit() else None)
-    return target
-
-
-def _label_name(feature: Any, value: Any) -> Any:
-    return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else value
-
-
-def _normalise(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def _has_names(label2id: Mapping[str, int]) -> bool:
-    return not all(re.fullmatch(r"LABEL_\d+", name) for name in label2id)
 
 
 def token_batches(
@@ -289,6 +242,9 @@ def token_batches(
     encoded = [
         tokenizer(*words, truncation=True, max_length=max_length, padding=False) for words in samples.texts
     ]
+    for text, tokens in zip(samples.texts, encoded, strict=True):
+        if not tokens["input_ids"]:
+            raise DataError(f"a sample has no tokens: {text!r:.80}")
     order = list(range(len(encoded)))
     if by_length:
         order.sort(key=lambda index: -len(encoded[index]["input_ids"]))

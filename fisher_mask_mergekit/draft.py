@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.checkpoint import Checkpoint, locate, tensor_shapes
+from fisher_mask_mergekit.checkpoint import Checkpoint, locate, tensor_shapes, transformers_errors
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.heads import describe_head, is_head
 from fisher_mask_mergekit.recipe import METHOD
@@ -31,8 +31,6 @@ def draft_recipe(names: Sequence[str], data: Sequence[str] = ()) -> str:
         CheckpointError: If the checkpoints differ in more than their heads.
         RecipeError: If a checkpoint is named twice, or there are more data sets than checkpoints.
     """
-    if len(set(names)) != len(names):
-        raise RecipeError("a checkpoint is named twice")
     if len(data) > len(names):
         raise RecipeError(f"got {len(data)} data sets for {len(names)} checkpoints")
     checkpoints = [locate(name) for name in names]
@@ -41,6 +39,8 @@ def draft_recipe(names: Sequence[str], data: Sequence[str] = ()) -> str:
         name if found.revision else str(found.folder.resolve())
         for name, found in zip(names, checkpoints, strict=True)
     ]
+    if len(set(names)) != len(names):
+        raise RecipeError("a checkpoint is named twice")
     shapes = [tensor_shapes(checkpoint) for checkpoint in checkpoints]
     unequal = _unequal(shapes)
     entries = [
@@ -119,7 +119,8 @@ def _layout(checkpoint: Checkpoint, shapes: Shapes) -> tuple[int, set[str], bool
     from mergekit.architecture import arch_info_for_config
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    with transformers_errors(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.folder)
     architecture = arch_info_for_config(config)
     loose = {name for name in shapes if _layer_of(name) is None}
     if architecture is None:

@@ -240,15 +240,22 @@ def _mask_gradients(
     try:
         for site in sites:
             if site.kind == "ffn" and mask_placement == "pre":
-                module = model.get_submodule(site.inputs[0])
+                module = _submodule(model, site.inputs[0])
                 handles.append(module.register_forward_hook(partial(after_input, site)))
             else:
-                module = model.get_submodule(site.output)
+                module = _submodule(model, site.output)
                 handles.append(module.register_forward_pre_hook(partial(before_output, site)))
         yield gradients
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise MeasurementError(f"the checkpoint has {path}, the loaded model does not") from error
 
 
 @torch.no_grad()

@@ -54,7 +54,8 @@ def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") 
         The folders, in the recipe's order.
 
     Raises:
-        RecipeError: If a folder exists, or a weight is not a plain number and ``pooler`` needs it.
+        RecipeError: If a folder exists or cannot be written, or ``pooler`` is ``average`` and a weight is not
+            one plain number.
         CheckpointError: If the merged folder lacks a tensor of an encoder, or has another shape for it.
     """
     models = [
@@ -97,7 +98,11 @@ def _average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) ->
     total: dict[str, Tensor] = {}
     weights = 0.0
     for model, checkpoint in zip(models, own, strict=True):
-        weight = model.weight if model.weight is not None else 1.0
+        if model.weight == "varies":
+            raise RecipeError(
+                f"the weight of {model.name} is not one plain number: there is no average to weight by it"
+            )
+        weight = 1.0 if model.weight is None else model.weight
         weights += weight
         names = [name for name in tensor_shapes(checkpoint) if is_pooler(name)]
         if not names:
@@ -124,8 +129,11 @@ def _write(
         state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     config = read_config(checkpoint) | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise RecipeError(f"cannot write {folder}: {error.strerror or error}") from error
     try:
         save_torch_state_dict(state, temporary)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -134,6 +142,8 @@ def _write(
                 shutil.copy(file, temporary / file.name)
         temporary.chmod(0o755)
         temporary.rename(folder)
+    except OSError as error:
+        raise RecipeError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

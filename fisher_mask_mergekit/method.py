@@ -1,5 +1,6 @@
 """The merge method ``fisher_mask``."""
 
+import logging
 import shlex
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from fisher_mask_mergekit import store
+from fisher_mask_mergekit.autoload import install
 from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import (
     FisherMaskError,
@@ -63,13 +65,15 @@ def merge_rows(
     """
     first = tensors[0]
     plain = torch.tensor(weights, dtype=torch.float64)[:, None]
+    plain = plain / plain.max()  # So that no sum overflows.
     share = plain / plain.sum()
     if fishers is not None:
         weighted = plain * torch.stack([fisher.to("cpu", torch.float64) for fisher in fishers])
         total = weighted.sum(0)
         share = torch.where(total > 0, weighted / total, share)
     dtype = torch.promote_types(first.dtype, torch.float32)
-    share = share.to(first.device, dtype).reshape(*share.shape, *[1] * (first.ndim - 1))
+    share = share.to(first.device, dtype)
+    share = share.reshape(*share.shape, *[1] * (first.ndim - 1)) if first.ndim else share[:, 0]
     merged = torch.zeros_like(first, dtype=dtype)
     for tensor, part in zip(tensors, share, strict=True):
         merged.addcmul_(tensor, part)
@@ -146,6 +150,7 @@ def _merge(
         return counted[0][0].tensor
     tensors, weights = [entry.tensor for entry, _ in counted], [given for _, given in counted]
     sidecars = [_sidecar(entry.id, sidecar[entry.id], missing) for entry, _ in counted]
+    _compare_measurements(frozenset(_measurement(known) for known in sidecars if known is not None))
     fishers: list[Tensor] = []
     for (entry, _), known in zip(counted, sidecars, strict=True):
         fisher = None if known is None else _fisher(known, name, entry, normalize, unmasked)
@@ -156,6 +161,22 @@ def _merge(
     if len(fishers) < len(counted) or len({len(fisher) for fisher in fishers}) > 1:
         raise SidecarMismatchError("the models' sidecars disagree about which mask nodes govern this tensor")
     return merge_rows(tensors, weights, fishers)
+
+
+def _measurement(sidecar: Sidecar) -> tuple[str, str, str]:
+    settings = sidecar.metadata.settings
+    return settings.estimator, settings.mask_placement, settings.labels
+
+
+@lru_cache(maxsize=64)
+def _compare_measurements(kinds: frozenset[tuple[str, str, str]]) -> None:
+    """Warn, once, of Fisher information that was not measured alike: its scales do not compare."""
+    if len(kinds) > 1:
+        logging.getLogger(__name__).warning(
+            "the models were not measured alike (estimator, mask_placement, labels): %s; "
+            "measure them with the same settings, or set normalize",
+            "; ".join(", ".join(kind) for kind in sorted(kinds)),
+        )
 
 
 def _weight(entry: TensorEntry, given: float | None) -> float:
@@ -174,7 +195,7 @@ def _fisher(
         found = sidecar.identify(name, entry.tensor)
     except SidecarMismatchError as error:
         raise SidecarMismatchError(
-            f"{error}\n  Measure this checkpoint:  {_compute_command(entry.id)}"
+            f"{entry.id}: {error}\n  Measure this checkpoint:  {_compute_command(entry.id)}"
         ) from error
     if found is not None and found[1].rows != "mean":
         site, governed = found
@@ -228,8 +249,8 @@ def _sidecar(model: Hashable, given: str, missing: Missing) -> Sidecar | None:
         raise SidecarNotFoundError(f"there is no sidecar for {model}. Measure it:  {_compute_command(model)}")
     try:
         state = path.stat()
-    except OSError as error:
-        raise SidecarError(f"cannot read sidecar {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise SidecarError(f"cannot read sidecar {path}: {getattr(error, 'strerror', error)}") from error
     return _read_once(path, state.st_mtime_ns, state.st_size)
 
 
@@ -262,3 +283,4 @@ def _checkpoint(model: Hashable) -> Checkpoint | None:
 
 
 fisher_mask = FisherMaskMerge()
+install()  # Imported before mergekit was, this module was not complete when the hook ran.

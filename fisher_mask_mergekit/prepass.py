@@ -15,24 +15,65 @@ import torch
 from torch import nn
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_config, read_tensors, tensor_shapes
+from fisher_mask_mergekit.checkpoint import (
+    Checkpoint,
+    locate,
+    read_config,
+    read_tensors,
+    tensor_shapes,
+    transformers_errors,
+)
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec, token_batches
 from fisher_mask_mergekit.errors import (
     CheckpointError,
-    FisherMaskError,
     MeasurementError,
     RecipeError,
     SidecarError,
-    first_line,
 )
 from fisher_mask_mergekit.fisher import Batch, mask_fisher
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, read, write
+from fisher_mask_mergekit.sidecar import (
+    FORMAT_VERSION,
+    Metadata,
+    Sidecar,
+    digest_of,
+    may_replace,
+    probe,
+    read,
+    write,
+)
 from fisher_mask_mergekit.sites import Site, find_sites
 from fisher_mask_mergekit.tasks import check_task
 
 _LONGEST = 512
 """Tokens per sample at most, unless asked for more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was looked into: all that can be wrong without measuring is not.
+
+    Attributes:
+        checkpoint: What to measure.
+        config: Its transformers configuration.
+        sites: Its mask nodes.
+        weights: Digest of its tensors.
+        settings: The request.
+        samples: What to measure on.
+        target: Where the sidecar goes.
+        elsewhere: Whether ``target`` is not a place where a merge looks by itself.
+        served: The sidecar that answers the request already, if there is one.
+    """
+
+    checkpoint: Checkpoint
+    config: Any
+    sites: tuple[Site, ...]
+    weights: str
+    settings: FisherSettings
+    samples: Samples
+    target: Path
+    elsewhere: bool
+    served: Sidecar | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +103,9 @@ def pick_device(name: str | None) -> torch.device:
     """
     if name is not None:
         try:
-            torch.empty(0, device=name)
+            torch.ones(1, device=name).item()
             return torch.device(name)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError) as error:  # Not a device, not there, or "meta".
             raise RecipeError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
     for kind in ("cuda", "xpu", "mps"):
         if (torch.backends.mps if kind == "mps" else getattr(torch, kind)).is_available():
@@ -72,41 +113,63 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
+def prepare(name: str, settings: FisherSettings, *, out: Path | None = None, force: bool = False) -> Job:
+    """Find the checkpoint, its mask nodes and the samples, and see whether they were measured before.
+
+    Args:
+        name: Local folder or hub id.
+        settings: The request; ``data`` must be given.
+        out: Where to write; beside a local checkpoint, else to the cache, if not given.
+        force: Measure even if the same request was measured before.
+
+    Raises:
+        FisherMaskError: On bad input.
+    """
+    checkpoint = locate(name)
+    config = _transformers_config(checkpoint)
+    check_task(config, name)
+    shapes = tensor_shapes(checkpoint)
+    sites = _find_sites(checkpoint, config, shapes)
+    if out is not None and not may_replace(out):
+        raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
+    weights = digest_of(read_tensors(checkpoint, shapes))
+    found = None
+    for path in () if force else [out] if out else store.find_all(checkpoint):
+        found = found or _same_request(path, weights, settings)
+    if found is None or parse_spec(settings.data or "").is_local:
+        samples = load_samples(settings, config.label2id)
+        if found is not None and found.metadata.data.digest != samples.record.digest:
+            found = None
+    else:
+        samples = Samples([], [], found.metadata.data)
+    target = out or store.destination(checkpoint)
+    return Job(checkpoint, config, sites, weights, settings, samples, target, out is not None, found)
+
+
 def compute(
-    name: str,
-    settings: FisherSettings,
-    *,
+    job: Job,
     device: torch.device,
-    out: Path | None = None,
-    force: bool = False,
+    *,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Outcome:
     """Measure a checkpoint and write its sidecar, unless the same request was measured before.
 
     Args:
-        name: Local folder or hub id.
-        settings: The request; ``data`` must be given.
+        job: What :func:`prepare` found.
         device: Where to run.
-        out: Where to write; beside a local checkpoint, else to the cache, if not given.
-        force: Measure even if the same request was measured before.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
 
     Raises:
         FisherMaskError: On bad input; nothing is written then.
     """
-    checkpoint = locate(name)
-    config = _transformers_config(checkpoint)
-    check_task(config, name)
-    sites = _find_sites(checkpoint, config)
-    target = out or store.destination(checkpoint)
-    for path in [target] if out else store.find_all(checkpoint):
-        if not force and (served := _same_request(path, checkpoint, settings, config.label2id)) is not None:
-            return Outcome(served, path, 0.0, True, ())
-    samples = load_samples(settings, config.label2id)
-    model, tokenizer = _load(checkpoint, config, settings)
-    batch_size, notes = _batching(name, tokenizer, settings, len(samples.texts))
+    if job.served is not None:
+        path = Path(job.served.source)
+        return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
+    checkpoint, settings, samples = job.checkpoint, job.settings, job.samples
+    model, tokenizer = _load(checkpoint, job.config, settings)
+    batch_size, notes = _batching(checkpoint.name, tokenizer, settings)
     max_length = _max_length(model, tokenizer, settings)
     batches = token_batches(
         samples,
@@ -122,7 +185,7 @@ def compute(
         measured = mask_fisher(
             model.to(device),
             batches,
-            sites,
+            job.sites,
             labels=settings.labels,
             estimator=settings.estimator,
             mask_placement=settings.mask_placement,
@@ -132,9 +195,10 @@ def compute(
     seconds = time.perf_counter() - started
     metadata = Metadata(
         format_version=FORMAT_VERSION,
-        checkpoint=name,
+        checkpoint=checkpoint.name,
         revision=checkpoint.revision,
-        architecture=config.architectures[0],
+        architecture=job.config.architectures[0],
+        weights=job.weights,
         settings=settings,
         data=samples.record,
         samples=measured.samples,
@@ -144,34 +208,51 @@ def compute(
         versions=_versions(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        sites=sites,
+        sites=job.sites,
     )
     fisher = {
         site.output: {
             node: measured.fisher[site.output, node].to("cpu", torch.float32) for node in site.nodes()
         }
-        for site in sites
+        for site in job.sites
     }
-    names = [tensor.name for site in sites for tensor in site.tensors]
+    names = [tensor.name for site in job.sites for tensor in site.tensors]
     values = {tensor: probe(value) for tensor, value in read_tensors(checkpoint, names)}
-    sidecar = Sidecar(metadata, fisher, values, str(target))
-    write(sidecar, target)
-    notes += _label_warning(samples, measured.accuracy)
-    if out is None and (preferred := store.find(checkpoint)) != target:
-        notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {target}}}")
-    return Outcome(sidecar, target, seconds, False, tuple(notes))
+    sidecar = Sidecar(metadata, fisher, values, str(job.target))
+    write(sidecar, job.target)
+    return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, metadata, job.target)))
 
 
-def _batching(name: str, tokenizer: Any, settings: FisherSettings, rows: int) -> tuple[int, list[str]]:
-    """Samples per batch, and what the user should know about it and about their number."""
+def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
+    """What the user should know about a measurement, fresh or not."""
     notes = []
-    if rows < settings.samples:
-        notes.append(f"{settings.data} has {rows} rows, {settings.samples} were asked for: used all")
+    asked, data = job.settings.samples, metadata.data
+    if metadata.samples < asked:
+        notes.append(f"{job.settings.data} has {data.rows} rows, {asked} were asked for: used all")
+    kinds = {site.kind for site in job.sites}
+    if len(kinds) == 1:
+        notes.append(
+            f"only {kinds.pop()} sites are known for {metadata.architecture}; a merge averages the rest of it"
+        )
+    if metadata.accuracy <= data.majority and metadata.accuracy < 1:
+        notes.append(
+            f"WARNING: accuracy on the samples is {metadata.accuracy:.3f}, no better than always guessing the most "
+            f"frequent label ({data.majority:.3f}). The data's labels probably do not match the checkpoint's: "
+            "compare them, and use label_map."
+        )
+    preferred = store.find(job.checkpoint)
+    if not job.elsewhere and preferred != path:
+        notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
+    return notes
+
+
+def _batching(name: str, tokenizer: Any, settings: FisherSettings) -> tuple[int, list[str]]:
+    """Samples per batch, and what the user should know about it."""
     if tokenizer.pad_token_id is not None:
-        return settings.batch_size, notes
+        return settings.batch_size, []
     if settings.estimator == "batch":
         raise CheckpointError(f"{name} has no padding token, so estimator 'batch' cannot batch its samples")
-    return 1, [*notes, f"{name} has no padding token: measuring one sample at a time"]
+    return 1, [f"{name} has no padding token: measuring one sample at a time"]
 
 
 def _versions() -> dict[str, str]:
@@ -189,38 +270,36 @@ def _out_of_memory(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _same_request(
-    path: Path, checkpoint: Checkpoint, settings: FisherSettings, label2id: Mapping[str, int]
-) -> Sidecar | None:
-    """The sidecar at ``path`` if it answers this very request for this very checkpoint and data."""
+def _same_request(path: Path, weights: str, settings: FisherSettings) -> Sidecar | None:
+    """The sidecar at ``path`` if it answers this very request for these very weights.
+
+    Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
+    the caller to compare.
+    """
     try:
         sidecar = read(path)
-        if sidecar.metadata.settings != settings:
-            return None
-        sidecar.check_values(read_tensors(checkpoint, sidecar.governed))
-    except (SidecarError, CheckpointError):
+    except SidecarError:
         return None
-    measured = sidecar.metadata.data
     spec = parse_spec(settings.data or "")
-    if spec.is_local:
-        unchanged = load_samples(settings, label2id).record.digest == measured.digest
-    else:
-        unchanged = hub_revision(spec) in (measured.revision, None)
-    return sidecar if unchanged else None
+    if sidecar.metadata.settings != settings or sidecar.metadata.weights != weights:
+        return None
+    if not spec.is_local and hub_revision(spec) not in (sidecar.metadata.data.revision, None):
+        return None
+    return sidecar
 
 
 def _transformers_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
     read_config(checkpoint)
-    with _transformers_errors(checkpoint):
+    with transformers_errors(checkpoint):
         return AutoConfig.from_pretrained(checkpoint.folder)
 
 
 def _load(checkpoint: Checkpoint, config: Any, settings: FisherSettings) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with _transformers_errors(checkpoint):
+    with transformers_errors(checkpoint):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             checkpoint.folder, config=config, dtype=getattr(torch, settings.dtype), output_loading_info=True
         )
@@ -230,26 +309,17 @@ def _load(checkpoint: Checkpoint, config: Any, settings: FisherSettings) -> tupl
             f"{checkpoint.name} has no {', '.join(sorted(report['missing_keys'])[:4])}: it is not a complete "
             f"{config.architectures[0]}"
         )
-    text_config = config.get_text_config()
-    if text_config.pad_token_id is None and tokenizer.pad_token_id is not None:
-        text_config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id is not None:
+        # Decoders find a sample's last token by it: it must be the one that batches are padded with.
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
-@contextmanager
-def _transformers_errors(checkpoint: Checkpoint) -> Iterator[None]:
+def _find_sites(
+    checkpoint: Checkpoint, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Site, ...]:
     try:
-        yield
-    except FisherMaskError:
-        raise
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError and others.
-        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {first_line(error)}") from error
-
-
-def _find_sites(checkpoint: Checkpoint, config: Any) -> tuple[Site, ...]:
-    shapes = tensor_shapes(checkpoint)
-    try:
-        sites = find_sites(shapes, config.get_text_config().num_attention_heads)
+        sites = find_sites(shapes, getattr(config.get_text_config(), "num_attention_heads", 0))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
     if not sites:
@@ -270,14 +340,3 @@ def _max_length(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> i
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             limits.append(module.num_embeddings - offset)
     return int(min(settings.max_length or _LONGEST, *limits, math.inf))
-
-
-def _label_warning(samples: Samples, accuracy: float) -> list[str]:
-    share = max(samples.labels.count(label) for label in set(samples.labels)) / len(samples.labels)
-    if accuracy > share or accuracy == 1:
-        return []
-    return [
-        f"WARNING: accuracy on the samples is {accuracy:.3f}, no better than always guessing the most frequent "
-        f"label ({share:.3f}). The data's labels probably do not match the checkpoint's: compare them, and use "
-        "label_map."
-    ]

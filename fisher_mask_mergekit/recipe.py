@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -21,14 +21,15 @@ class RecipeModel:
     Attributes:
         name: As the recipe writes it.
         settings: What to measure; None if the recipe names no data for it.
-        weight: Its ``weight`` parameter; None if it has none, or one that is not a plain number.
+        weight: Its ``weight`` parameter; None if it has none; ``varies`` if it is not one plain number, but a
+            filter, a gradient, or different in different slices.
         sidecar: Its ``sidecar`` parameter.
         is_base: Whether it is the recipe's ``base_model``.
     """
 
     name: str
     settings: FisherSettings | None
-    weight: float | None
+    weight: float | Literal["varies"] | None
     sidecar: str | None
     is_base: bool
 
@@ -62,60 +63,82 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict) or not isinstance(document.get("merge_method"), str):
         raise RecipeError(f"{path} is not a mergekit recipe: it has no merge_method")
-    default_parameters = _mapping(document.get("parameters"), "parameters", path)
     defaults = _mapping(document.get("fisher"), "fisher", path)
     _settings(defaults, f"{path}: fisher")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for entry in _entries(document, path):
-        name = _model_name(entry, path)
-        model = found.setdefault(name, {"fisher": None, "parameters": {}})
-        given = entry.get("fisher")
-        if given is not None:
-            given = _mapping(given, f"fisher of {name}", path)
-            if model["fisher"] not in (None, given):
-                raise RecipeError(f"{path}: {name} appears twice with different fisher: keys")
-            model["fisher"] = given
-        model["parameters"] = {
-            **_mapping(entry.get("parameters"), f"parameters of {name}", path),
-            **model["parameters"],
-        }
+        found.setdefault(_model_name(entry, path), []).append(entry)
     base = document.get("base_model")
     if isinstance(base, str):
-        found.setdefault(base, {"fisher": None, "parameters": {}})
+        found.setdefault(base, [{"parameters": _mapping(document.get("parameters"), "parameters", path)}])
     if not found:
         raise RecipeError(f"{path} names no models")
-    models = []
-    for name, model in found.items():
-        wanted = {**defaults, **(model["fisher"] or {}), **(overrides or {})}
-        settings = _settings(wanted, f"{path}: fisher of {name}")
-        weight, sidecar = (
-            {**default_parameters, **model["parameters"]}.get(key) for key in ("weight", "sidecar")
-        )
-        models.append(
-            RecipeModel(
-                name=name,
-                settings=settings if settings.data else None,
-                weight=float(weight) if isinstance(weight, int | float) else None,
-                sidecar=sidecar if isinstance(sidecar, str) and sidecar else None,
-                is_base=name == base,
-            )
-        )
-    return Recipe(path, document["merge_method"], tuple(models))
+    return Recipe(
+        path,
+        document["merge_method"],
+        tuple(
+            _model(name, entries, defaults, overrides or {}, base, path) for name, entries in found.items()
+        ),
+    )
+
+
+def _model(
+    name: str,
+    entries: list[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    base: Any,
+    path: Path,
+) -> RecipeModel:
+    """One model from all the places that name it."""
+    given = [_mapping(e["fisher"], f"fisher of {name}", path) for e in entries if e.get("fisher") is not None]
+    if any(other != given[0] for other in given):
+        raise RecipeError(f"{path}: {name} appears twice with different fisher: keys")
+    settings = _settings(
+        {**defaults, **(given[0] if given else {}), **overrides}, f"{path}: fisher of {name}"
+    )
+    counted = [e for e in entries if not _is_empty(e)] or entries
+    weights = [w for e in counted if (w := e["parameters"].get("weight")) is not None]
+    plain = [float(weight) for weight in weights if isinstance(weight, int | float)]
+    weight: float | Literal["varies"] | None = plain[0] if plain else None
+    if len(plain) < len(weights) or len(set(plain)) > 1:
+        weight = "varies"
+    sidecars = {
+        e["parameters"]["sidecar"] for e in entries if isinstance(e["parameters"].get("sidecar"), str)
+    }
+    if len(sidecars) > 1:
+        raise RecipeError(f"{path}: {name} appears with different sidecars: {', '.join(sorted(sidecars))}")
+    return RecipeModel(
+        name=name,
+        settings=settings if settings.data else None,
+        weight=weight,
+        sidecar=next(iter(sidecars), None) or None,
+        is_base=name == base,
+    )
+
+
+def _is_empty(entry: Mapping[str, Any]) -> bool:
+    """Whether it is a source of no layers, which only says where what surrounds the layers comes from."""
+    layers = entry.get("layer_range")
+    return isinstance(layers, list) and len(layers) == 2 and layers[0] == layers[1]
 
 
 def _entries(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-    """Every place of a recipe that names an input model, in order."""
+    """Every place of a recipe that names an input model, in order, with the parameters that hold there."""
     for section in (document, *_mapping(document.get("modules"), "modules", path).values()):
-        if not isinstance(section, dict):
-            raise RecipeError(f"{path}: a module of modules: is not a mapping")
-        slices = _list(section.get("slices"), "slices", path)
-        lists = [section.get("models"), *(_mapping(part, "a slice", path).get("sources") for part in slices)]
-        for entry in (entry for group in lists for entry in _list(group, "models or sources", path)):
-            yield _mapping(entry, "an entry of models or sources", path)
+        section = _mapping(section, "a module", path)
+        slices = [_mapping(part, "a slice", path) for part in _list(section.get("slices"), "slices", path)]
+        for part, key in ((section, "models"), *((part, "sources") for part in slices)):
+            for entry in _list(part.get(key), key, path):
+                entry = _mapping(entry, f"an entry of {key}", path)
+                parameters: dict[str, Any] = {}
+                for level in (document, section, part, entry):
+                    parameters |= _mapping(level.get("parameters"), "parameters", path)
+                yield entry | {"parameters": parameters}
 
 
 def _model_name(entry: Mapping[str, Any], path: Path) -> str:

@@ -38,7 +38,7 @@ def head_fisher_map(sidecars: Mapping[str, Sidecar], path: Path) -> None:
     neurons = {title: _layers(sidecar, "ffn", "neuron_fisher") for title, sidecar in sidecars.items()}
     most_heads = max((len(v) for layers in heads.values() for v in layers.values()), default=1)
     most_layers = max(len(layers) for layers in heads.values())
-    width = min(max(3.6, 0.35 * most_heads, 0.3 * most_layers), 12)
+    width = min(max(3.6, 0.35 * most_heads, 0.2 * most_layers), 8)
     figure = Figure(
         figsize=(width * len(sidecars) + 1.2, min(1.6 + 0.4 * most_layers, 9) + 3), layout="constrained"
     )
@@ -47,7 +47,6 @@ def head_fisher_map(sidecars: Mapping[str, Sidecar], path: Path) -> None:
         2,
         len(sidecars),
         squeeze=False,
-        sharey="row",
         height_ratios=[min(1.6 + 0.4 * most_layers, 9), 3],
     )
     scale = _scale([vector for layers in heads.values() for vector in layers.values()])
@@ -55,10 +54,18 @@ def head_fisher_map(sidecars: Mapping[str, Sidecar], path: Path) -> None:
         upper, lower = axes[:, column]
         upper.set_title(f"{title} ({sidecar.metadata.samples} samples)")
         image = _draw_heads(upper, heads[title], scale)
+        if column:
+            lower.sharey(axes[1, 0])
+            lower.tick_params(labelleft=False)
         _draw_neurons(lower, neurons[title])
     figure.colorbar(image, ax=list(axes[0]), label="Fisher information\nof the head mask (nats²)")
     axes[0, 0].set_ylabel("layer")
     axes[1, 0].set_ylabel("Fisher information\nof neuron masks (nats²)")
+    figure.supxlabel(
+        "grey heads: exactly 0, or no such head; boxes: median and quartiles, whiskers from 5 % to 95 %",
+        fontsize="small",
+        color="0.3",
+    )
     _write(figure, path)
 
 

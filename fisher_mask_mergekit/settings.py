@@ -1,8 +1,8 @@
 """What to measure and how: the keys under ``fisher:`` in a recipe, and the options of ``compute``."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Estimator = Literal["sample", "batch"]
 MaskPlacement = Literal["post", "pre"]
@@ -43,6 +43,14 @@ class FisherSettings(BaseModel):
     mask_placement: MaskPlacement = "post"
     labels: Labels = "data"
     dtype: WeightDtype = "float32"
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        inside = [*value, *value.values()] if isinstance(value, dict) else [value]
+        if any(isinstance(part, bool) for part in inside):
+            raise ValueError("YAML reads yes, no, on and off as true and false; put quotes around them")
+        return value
 
     @model_validator(mode="after")
     def _combinable(self) -> "FisherSettings":

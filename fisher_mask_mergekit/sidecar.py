@@ -3,6 +3,7 @@
 The format is described in ``docs/sidecar.md``.
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -48,6 +49,7 @@ class DataRecord(_Record):
         label_map: The data's label to the checkpoint's label index.
         rows: How many rows the data set has.
         digest: SHA-256 over the drawn rows' texts and labels, in order.
+        majority: The share of the drawn rows that have the most frequent label.
     """
 
     split: str
@@ -57,6 +59,7 @@ class DataRecord(_Record):
     label_map: dict[str, int]
     rows: int = Field(ge=1)
     digest: str
+    majority: float = Field(ge=0, le=1)
 
 
 class Metadata(_Record):
@@ -67,6 +70,7 @@ class Metadata(_Record):
         checkpoint: As the one who measured it named it.
         revision: The checkpoint's commit on the hub; None for a local folder.
         architecture: The checkpoint's class.
+        weights: SHA-256 over the values that :func:`probe` takes of every tensor of the checkpoint.
         settings: The request.
         data: The samples.
         samples: N, how many were measured.
@@ -83,12 +87,13 @@ class Metadata(_Record):
     checkpoint: str = Field(min_length=1)
     revision: str | None
     architecture: str
+    weights: str
     settings: FisherSettings
     data: DataRecord
     samples: int = Field(ge=1)
     max_length: int = Field(ge=1)
     accuracy: float = Field(ge=0, le=1)
-    loss: float
+    loss: float = Field(allow_inf_nan=False)
     versions: dict[str, str]
     device: str
     date: str
@@ -167,19 +172,6 @@ class Sidecar:
             f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}: tensor '{name}' {what}"
         )
 
-    def check_values(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Compare the stored values with a checkpoint's tensors, each under its own name.
-
-        Raises:
-            SidecarMismatchError: Names the first tensor that has other values.
-        """
-        for name, tensor in tensors:
-            if not self._fits(name, tensor):
-                raise SidecarMismatchError(
-                    f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}: "
-                    f"tensor '{name}' has other values"
-                )
-
     def _fits(self, name: str, tensor: Tensor) -> bool:
         _, governed = self.governed[name]
         if tuple(tensor.shape) != governed.shape:
@@ -196,6 +188,14 @@ def probe(tensor: Tensor) -> Tensor:
     count = tensor.numel()
     positions = torch.arange(min(VALUES_PER_TENSOR, count)) * _STRIDE % count
     return tensor.detach().reshape(-1)[positions.to(tensor.device)].cpu()
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes and probed values of all of a checkpoint's tensors, in order of their names."""
+    lines = {
+        name: f"{name} {list(tensor.shape)} {probe(tensor).double().tolist()}\n" for name, tensor in tensors
+    }
+    return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
 def write(sidecar: Sidecar, path: Path) -> None:
@@ -267,6 +267,18 @@ def read(path: Path) -> Sidecar:
             if not bool((vector.isfinite() & (vector >= 0)).all()):
                 raise SidecarError(f"{path}: {output}.{node} has values that are negative or not finite")
     return sidecar
+
+
+def may_replace(path: Path) -> bool:
+    """Whether a file is a sidecar of whatever version, or there is none: nothing else may be overwritten."""
+    try:
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            return METADATA_KEY.encode() in file.read(min(size, _MAX_HEADER_BYTES))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, struct.error):
+        return False
 
 
 def _read_metadata(content: bytes, path: Path) -> Metadata:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 Kind = Literal["attention", "ffn"]
@@ -94,6 +94,17 @@ class Site(BaseModel):
     inputs: tuple[str, ...]
     tensors: tuple[GovernedTensor, ...]
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "Site":
+        ffn = self.kind == "ffn"
+        if (self.neurons > 0) != ffn or (self.heads > 0) == ffn or (self.kv_heads > 0) == ffn:
+            raise ValueError("an FFN site has neurons only, an attention site heads and kv_heads only")
+        if not ffn and self.heads % self.kv_heads:
+            raise ValueError("kv_heads must divide heads")
+        if any((tensor.rows == "neuron") != ffn for tensor in self.tensors if tensor.rows != "mean"):
+            raise ValueError("rows that do not fit the kind of site")
+        return self
+
     def nodes(self) -> dict[Node, int]:
         """The kinds of Fisher vector this site has, and their lengths."""
         if self.kind == "ffn":
@@ -143,9 +154,11 @@ def _site(row: TableRow, prefix: str, shapes: Mapping[str, tuple[int, ...]], hea
     if row.kind == "ffn":
         return Site(output=prefix + row.out, kind="ffn", neurons=first_rows, inputs=inputs, tensors=tensors)
     key_rows = shapes[f"{inputs[1]}.weight"][0]
-    head_dim, left = divmod(first_rows, heads)
+    # A head's width is that of its output; a query projection may hold more rows per head (a gate).
+    width = shapes[f"{prefix}{row.out}.weight"][-1]
+    head_dim = width // heads if heads > 0 else 0
     kv_heads = key_rows // head_dim if head_dim else 0
-    if left or not kv_heads or key_rows % head_dim or heads % kv_heads:
+    if not kv_heads or width % heads or first_rows % width or key_rows % head_dim or heads % kv_heads:
         raise ValueError(
             f"{inputs[0]}.weight has {first_rows} rows and {inputs[1]}.weight {key_rows}: "
             f"they do not divide among {heads} heads"

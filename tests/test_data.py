@@ -186,6 +186,22 @@ def test_labels_match_by_name_where_both_have_names(tmp_path: Path) -> None:
     assert draw(spelled, {"Not-Equivalent": 0, "equivalent": 1}).labels == [0]
 
 
+def test_a_name_that_looks_like_a_number_is_still_a_name(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", {"text": "w0", "label": "1"}, {"text": "w1", "label": "2"})
+    assert by_text(draw(data, {"1": 0, "2": 1})) == {"w0": 0, "w1": 1}
+    with pytest.raises(DataError, match="label '²' has no counterpart"):
+        draw(jsonl(tmp_path / "e.jsonl", {"text": "w0", "label": "²"}))
+    with pytest.raises(DataError, match="label 5 has no counterpart"):
+        draw(jsonl(tmp_path / "f.jsonl", {"text": "w0", "label": 5}), {"a": 0, "b": 5})
+
+
+def test_a_local_table_has_no_splits_or_revisions(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", {"text": "w0", "label": 0})
+    for name in (f"{data}::test", f"{data}:config", f"{data}@v1"):
+        with pytest.raises(DataError, match="is one local table"):
+            draw(name)
+
+
 def test_labels_match_by_index_where_one_has_no_names(tmp_path: Path) -> None:
     named = class_labels(tmp_path / "d", ["positive", "negative"])
     assert by_text(draw(named, GENERIC)) == {"w0": 0, "w1": 1}
@@ -204,7 +220,7 @@ def test_an_explicit_map_beats_names_and_indices(tmp_path: Path) -> None:
 def test_batches_are_right_padded_truncated_and_by_length(tmp_path: Path) -> None:
     texts: list[tuple[str, ...]] = [("w5 w6",), ("w5 w6 w7 w8 w9 w10",), ("w5",)]
     record = draw(jsonl(tmp_path / "d.jsonl", {"text": "x", "label": 0})).record
-    drawn = Samples(texts, [0, 1, 2], record, 3)
+    drawn = Samples(texts, [0, 1, 2], record)
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = "left"
     made = list(
@@ -220,6 +236,18 @@ def test_batches_are_right_padded_truncated_and_by_length(tmp_path: Path) -> Non
         drawn, tokenizer, max_length=6, batch_size=2, by_length=False, device=torch.device("cpu")
     )
     assert [batch.index for batch in in_order] == [(0, 1), (2,)]
+
+
+def test_a_sample_without_tokens_is_an_error(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    drawn = draw(jsonl(tmp_path / "d.jsonl", {"text": "", "label": 0}))
+    with pytest.raises(DataError, match=r"a sample has no tokens: \(''"):
+        list(
+            token_batches(
+                drawn, tokenizer, max_length=6, batch_size=2, by_length=True, device=torch.device("cpu")
+            )
+        )
 
 
 def test_pairs_are_encoded_as_pairs(tmp_path: Path) -> None:

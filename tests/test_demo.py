@@ -1,6 +1,7 @@
 """The demo, at a scale where nothing is learnt: what it writes and says, not how good it is."""
 
 import json
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,9 +10,11 @@ import numpy
 import pytest
 import torch
 
-from fisher_mask_mergekit.demo import TASKS, commands, run_demo
+from fisher_mask_mergekit.demo import commands, run_demo, story
 from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, OWN, Results
-from fisher_mask_mergekit.demo.training import Rows, Sizes, correct
+from fisher_mask_mergekit.demo.sizes import Sizes
+from fisher_mask_mergekit.demo.story import TASKS
+from fisher_mask_mergekit.demo.training import Rows, correct, train_tokenizer
 from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError
 
 TINY = Sizes(
@@ -40,8 +43,10 @@ class Told:
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     lines: list[str] = []
     out = tmp_path_factory.mktemp("work") / "demo"
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)  # Tensors this small gain nothing, and busy neighbours make threads wait.
     run_demo(out, lines.append, TINY)
+    torch.set_num_threads(threads)
     torch.testing.assert_close(torch.get_rng_state(), state)
     return Told(out, lines)
 
@@ -134,6 +139,20 @@ def test_every_place_it_names_is_there(told: Told) -> None:
     assert not list(told.out.rglob(".*")), "a temporary file was left"
 
 
+def test_tokenizer_is_the_same_every_time() -> None:
+    texts = [f"Where is the card number {index}, please? I've waited {index} days." for index in range(50)]
+    first, second = (train_tokenizer(texts, TINY) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    assert first.tokenize("the CARD!") == ["the", "card", "[UNK]"]
+
+
+def test_import_is_light() -> None:
+    """What must be set before torch is loaded can still be set."""
+    heavy = ("torch", "transformers", "matplotlib", "mergekit")
+    code = f"import sys, fisher_mask_mergekit.demo; print([name for name in {heavy} if name in sys.modules])"
+    assert commands.run_command([sys.executable, "-c", code]).strip() == "[]"
+
+
 def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(RecipeError, match="exists; remove it, or choose another folder"):
@@ -150,10 +169,8 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_failed_command_is_one_error_and_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fisher_mask_mergekit import demo
-
-    monkeypatch.setattr(demo, "_train", lambda *_: None)
-    monkeypatch.setattr(demo, "_draft", lambda *_: None)
+    monkeypatch.setattr(story, "_train", lambda *_: None)
+    monkeypatch.setattr(story, "_draft", lambda *_: None)
     with pytest.raises(FisherMaskError, match=r"(?s)compute .* failed with exit code 1:.*cannot read recipe"):
         run_demo(tmp_path / "demo", lambda _: None, TINY)
     assert not list(tmp_path.iterdir())

@@ -97,6 +97,19 @@ def test_equals_the_definition(architecture: str, placement: Any) -> None:
     got = mask_fisher(model, tiny.batches(drawn, 3), sites, mask_placement=placement)
     assert_same(got, naive_fisher(model, drawn, sites, placement=placement))
     assert got.samples == len(drawn)
+    own = [naive_gradients(model, ids, label, sites, placement)[1] for ids, label in drawn]
+    losses = [-log_probs[label] for log_probs, (_, label) in zip(own, drawn, strict=True)]
+    assert got.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-9)
+    right = [int(log_probs.argmax()) == label for log_probs, (_, label) in zip(own, drawn, strict=True)]
+    assert got.accuracy == pytest.approx(sum(right) / len(right))
+
+
+def test_a_module_that_runs_several_times_counts_every_run() -> None:
+    drawn = [(torch.cat([ids, ids])[:6], label) for ids, label in tiny.samples()]
+    whole = tiny.classifier("bert").double()
+    chunked = tiny.classifier("bert", chunk_size_feed_forward=1).double()
+    sites = tiny.sites_of(whole)
+    assert_same(mask_fisher(chunked, tiny.batches(drawn, 3), sites), naive_fisher(whole, drawn, sites))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

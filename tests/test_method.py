@@ -80,13 +80,53 @@ def test_equals_the_formula(tmp_path: Path, architecture: str) -> None:
     assert moved == {name_template(name) for name in merged if re.search(rf"\b({governed})\.", name)}
 
 
-def test_inputs_are_untouched_and_the_result_keeps_their_dtype(inputs: Inputs) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        states = [{QUERY: state[QUERY].to(dtype)} for state in inputs.states]
-        before = [state[QUERY].clone() for state in states]
-        merged = merge_state_dicts(states, "fisher_mask", parameters={"sidecar": inputs.paths})
-        assert merged[QUERY].dtype == dtype
-        assert_close([state[QUERY] for state in states], before, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_it_computes_wide_and_rounds_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    inputs = Inputs(tmp_path)
+    states = [{QUERY: state[QUERY].to(dtype)} for state in inputs.states]
+    before = [state[QUERY].clone() for state in states]
+    merged = merge_state_dicts(states, "fisher_mask", parameters={"sidecar": inputs.paths})[QUERY]
+    assert merged.dtype == dtype
+    inputs.states = [{QUERY: state[QUERY].double()} for state in states]
+    wanted = by_hand(inputs, QUERY, [1.0, 1.0])
+    precision = torch.finfo(dtype).eps if dtype.itemsize == 2 else 4 * torch.finfo(dtype).eps
+    assert_close(merged.double(), wanted, rtol=precision, atol=precision * 1e-2)
+    assert_close([state[QUERY] for state in states], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("architecture", "value", "output"), [
+    ("llama", "model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj.weight"),
+    ("distilbert", "distilbert.transformer.layer.0.attention.v_lin.bias", "distilbert.transformer.layer.0.sa_layer_norm.weight"),
+])  # fmt: skip
+def test_the_rest_of_a_block_goes_by_the_mean_head(
+    tmp_path: Path, architecture: str, value: str, output: str
+) -> None:
+    inputs = Inputs(tmp_path, architecture)
+    merged = inputs.merge(unmasked="layer")
+    for name in (value, output):
+        means = [float(s.fisher[s.governed[name][0].output]["head_fisher"].mean()) for s in inputs.sidecars]
+        wanted = sum(mean * state[name] for mean, state in zip(means, inputs.states, strict=True)) / sum(
+            means
+        )
+        assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_scalars_and_huge_weights(tmp_path: Path) -> None:
+    assert_close(merge_rows([torch.tensor(1.0), torch.tensor(4.0)], [2.0, 1.0]), torch.tensor(2.0))
+    assert_close(merge_rows([torch.ones(2), torch.zeros(2)], [1e308, 1e308]), torch.full((2,), 0.5))
+
+
+def test_sidecars_that_were_not_measured_alike_are_warned_of(
+    inputs: Inputs, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs.merge()
+    assert "not measured alike" not in caplog.text
+    sidecar = inputs.sidecars[1]
+    settings = sidecar.metadata.settings.model_copy(update={"estimator": "batch"})
+    other = sidecar.metadata.model_copy(update={"settings": settings})
+    write(Sidecar(other, sidecar.fisher, sidecar.values), Path(inputs.paths[1]))
+    inputs.merge()
+    assert caplog.text.count("batch, post, data; sample, post, data") == 1
 
 
 def test_the_order_of_three_models_does_not_matter(tmp_path: Path) -> None:

@@ -68,6 +68,26 @@ def test_parameters_for_all_models(tmp_path: Path) -> None:
     assert [model.weight for model in recipe.models] == [2.0, 0.5]
 
 
+def test_a_weight_that_is_not_one_number_is_said_to_vary(tmp_path: Path) -> None:
+    for weight in ("[{filter: classifier, value: 1.0}, {value: 0.5}]", "[0.0, 1.0]"):
+        first, second = parse(tmp_path, MODELS.replace("weight: 0.5", f"weight: {weight}")).models
+        assert (first.weight, second.weight) == (None, "varies")
+    head = SLICES.replace("[2, 2]}", "[2, 2], parameters: {weight: 3.0}}")
+    assert parse(tmp_path, head).models[0].weight == 1.0
+    unequal = SLICES.replace("[2, 2]}", "[1, 2], parameters: {weight: 3.0}}")
+    assert parse(tmp_path, unequal).models[0].weight == "varies"
+
+
+def test_parameters_of_a_slice_and_of_a_model_beat_those_above(tmp_path: Path) -> None:
+    text = SLICES + "parameters: {weight: 5.0}\n"
+    assert [model.weight for model in parse(tmp_path, text.replace(", [2, 2]", "")).models][1] == 5.0
+    sliced = text.replace(
+        "  - sources:\n      - {model: org/a, layer_range: [0",
+        "  - parameters: {weight: 2.0}\n    sources:\n      - {model: org/a, layer_range: [0",
+    )
+    assert [model.weight for model in parse(tmp_path, sliced).models] == [1.0, 2.0]
+
+
 def test_an_unlisted_base_is_a_model_without_data(tmp_path: Path) -> None:
     recipe = parse(tmp_path, MODELS + "base_model: org/parent")
     assert [(model.name, model.is_base) for model in recipe.models][2] == ("org/parent", True)
@@ -87,12 +107,17 @@ def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
         ("merge_method: [", "is not YAML: while parsing"),
         ("just words", "is not a mergekit recipe: it has no merge_method"),
         ("merge_method: fisher_mask", "names no models"),
-        ("merge_method: fisher_mask\nmodels: org/a", "models or sources must be a list, got org/a"),
-        ("merge_method: fisher_mask\nmodels: [org/a]", "an entry of models or sources must be a mapping"),
+        ("merge_method: fisher_mask\nmodels: org/a", "models must be a list, got org/a"),
+        ("merge_method: fisher_mask\nmodels: [org/a]", "an entry of models must be a mapping"),
         ("merge_method: fisher_mask\nmodels: [{weight: 1}]", "expected 'model: NAME'"),
         (MODELS.replace("samples: 7", "sampels: 7"), "fisher of org/a: unknown key 'sampels'; known keys: data, samples"),
         (MODELS.replace("samples: 9", "sample: 9"), "recipe.yml: fisher: unknown key 'sample'"),
         (MODELS.replace("samples: 7", "samples: 0"), "samples: Input should be greater than or equal to 1, got 0"),
+        (MODELS.replace("samples: 7", "label_map: {0: no, 1: yes}"), "YAML reads yes, no, on and off as true and false"),
+        (MODELS.replace("samples: 7", "samples: true"), "put quotes around them"),
+        ("merge_method: m\nx: 2024-13-45", "is not YAML"),
+        ("[" * 3000, "is not YAML"),
+        (SLICES.replace("[2, 2]}", "[2, 2], parameters: {sidecar: b}}").replace("weight: 1.0", "sidecar: a"), "appears with different sidecars: a, b"),
         (MODELS.replace("samples: 7", "labels: some"), "labels: Input should be 'data', 'sampled' or 'exact', got 'some'"),
         (MODELS.replace("samples: 7", "estimator: batch, labels: exact"), "it takes labels data or sampled"),
         (MODELS.replace('{data: "glue:sst2", samples: 7}', "glue:sst2"), "fisher of org/a must be a mapping"),

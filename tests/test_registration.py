@@ -41,6 +41,8 @@ def test_importing_the_package_registers_too_in_either_order_and_once() -> None:
     assert output(f"import fisher_mask_mergekit; {LISTED}", **off) == "1"
     assert output(f"import mergekit.merge_methods, fisher_mask_mergekit; {LISTED}", **off) == "1"
     assert output(f"import fisher_mask_mergekit; {LISTED}") == "1"
+    assert output(f"import fisher_mask_mergekit.method; {LISTED}") == "1"
+    assert output(f"import fisher_mask_mergekit.method; {LISTED}", **off) == "1"
     twice = "import mergekit.merge_methods; from fisher_mask_mergekit.autoload import install; install(); install()"
     assert output(f"{twice}; {LISTED}") == "1"
 

@@ -14,7 +14,16 @@ from torch.testing import assert_close
 from fisher_mask_mergekit import sidecar as module
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sidecar import METADATA_KEY, DataRecord, Metadata, Sidecar, probe, read, write
+from fisher_mask_mergekit.sidecar import (
+    METADATA_KEY,
+    DataRecord,
+    Metadata,
+    Sidecar,
+    may_replace,
+    probe,
+    read,
+    write,
+)
 from fisher_mask_mergekit.sites import Site
 from tests import tiny
 
@@ -25,6 +34,7 @@ def metadata_for(sites: tuple[Site, ...], **changes: Any) -> Metadata:
         "checkpoint": "somebody/bert-sst2",
         "revision": "95f0f6f859b35c8ff0863ae3cd4e2dbc702c0ae2",
         "architecture": "BertForSequenceClassification",
+        "weights": "00",
         "settings": FisherSettings(data="glue:sst2"),
         "data": DataRecord(
             split="train",
@@ -34,6 +44,7 @@ def metadata_for(sites: tuple[Site, ...], **changes: Any) -> Metadata:
             label_map={"0": 0},
             rows=9,
             digest="00",
+            majority=0.5,
         ),
         "samples": 9,
         "max_length": 40,
@@ -165,6 +176,13 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
         "expected float32, got torch.float16",
     ),
     "a tensor twice": (lambda t, m: m["sites"].append(m["sites"][0]), "names a site or a tensor twice"),
+    "a site of two kinds": (lambda t, m: m["sites"][0].update(neurons=4), "an FFN site has neurons only"),
+    "heads that do not divide": (lambda t, m: m["sites"][0].update(kv_heads=3), "kv_heads must divide heads"),
+    "rows of another kind": (
+        lambda t, m: m["sites"][0]["tensors"][0].update(rows="neuron"),
+        "rows that do not fit the kind of site",
+    ),
+    "a loss that is no number": (lambda t, m: m.update(loss=float("nan")), "field 'loss'"),
     "rows that do not divide": (
         lambda t, m: m["sites"][0]["tensors"][0].update(shape=[33, 32]),
         "has 33 rows for 4 nodes",
@@ -197,6 +215,22 @@ def test_a_foreign_file_is_refused(path: Path) -> None:
         read(path)
     with pytest.raises(SidecarError, match="cannot read sidecar"):
         read(path / "nowhere")
+
+
+def test_a_huge_file_is_refused_unread(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(SidecarError, match="is larger than 1073741824 bytes; that is no sidecar"):
+        read(path)
+
+
+def test_only_a_sidecar_may_be_replaced(path: Path, tmp_path: Path) -> None:
+    assert may_replace(path)
+    assert may_replace(tmp_path / "new.safetensors")
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "empty").touch()
+    for other in (tmp_path / "model.safetensors", tmp_path / "empty", tmp_path):
+        assert not may_replace(other)
 
 
 def test_no_room_on_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

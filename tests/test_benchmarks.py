@@ -1,0 +1,64 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import tiny
+
+SPEED = Path(__file__).parent.parent / "benchmarks" / "speed.py"
+ROWS = {
+    "pre_pass_over_lower_bound",
+    "explicit_masks_over_pre_pass",
+    "disagreement_with_explicit_masks",
+    "full_fisher_over_pre_pass",
+    "exact_full_fisher_over_pre_pass",
+    "pre_pass_memory_over_lower_bound",
+    "pre_pass_memory_beyond_model_over_lower_bound",
+    "merge_seconds_over_linear",
+    "merge_seconds_once_imported_over_linear",
+    "merge_peak_over_linear",
+    "import_torch_milliseconds",
+    "import_torch_search_milliseconds",
+    "import_torch_plug_in_milliseconds",
+}
+
+
+def test_the_benchmark_measures_every_row_and_both_ways_agree(tmp_path: Path) -> None:
+    checkpoint = tiny.checkpoint(tmp_path / "checkpoint")
+    data = tiny.write_data(tmp_path / "data.jsonl", rows=6)
+    before = sorted(path.name for path in checkpoint.iterdir())
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, str(SPEED), "--checkpoint", str(checkpoint), "--data", str(data),
+         "--samples", "6", "--repeats", "1", "--device", "cpu", "--json", str(out)],
+        # At this size, threads only wait for each other.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows.keys() == ROWS
+    for row in rows.values():
+        assert math.isfinite(row["value"])
+        line = next(line for line in done.stdout.splitlines() if line.startswith(row["title"]))
+        assert ("<=" in line) == (row["target"] is not None)
+    assert rows["disagreement_with_explicit_masks"]["value"] < 1e-4
+    assert report["conditions"]["samples"] == 6
+    # The checkpoint itself is only read.
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_data_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SPEED), "--data", str(tmp_path / "data.jsonl")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--data needs a --checkpoint" in done.stderr
