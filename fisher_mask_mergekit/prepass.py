@@ -311,7 +311,7 @@ def _load(checkpoint: Checkpoint, config: Any, settings: FisherSettings) -> tupl
         )
     if tokenizer.pad_token_id is not None:
         # Decoders find a sample's last token by it: it must be the one that batches are padded with.
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 

@@ -277,6 +277,8 @@ def may_replace(path: Path) -> bool:
             return METADATA_KEY.encode() in file.read(min(size, _MAX_HEADER_BYTES))
     except FileNotFoundError:
         return True
+    except NotADirectoryError as error:
+        raise SidecarError(f"cannot write {path}: {error.strerror}; nothing was written") from error
     except (OSError, ValueError, struct.error):
         return False
 

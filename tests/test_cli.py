@@ -121,6 +121,13 @@ def test_the_same_request_is_served_and_another_or_force_or_a_change_measures_an
     assert not again("--seed", "1")
     tiny.checkpoint(model, seed=9)
     assert not again("--seed", "1")
+    state = load_file(model / "model.safetensors")  # No mask node governs the head, and yet it counts.
+    save_file(
+        state | {"classifier.weight": -state["classifier.weight"]},
+        model / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert not again("--seed", "1")
     (model / store.BESIDE).write_bytes(b"broken")
     assert not again("--seed", "1")
     assert again("--seed", "1")
@@ -130,6 +137,7 @@ def test_fewer_rows_than_asked_uses_all_and_says_so(model: Path, data: Path) -> 
     result = run("compute", model, "--data", data)
     assert "has 24 rows, 128 were asked for: used all" in result.stderr
     assert read(model / store.BESIDE).metadata.samples == 24
+    assert "used all" in run("compute", model, "--data", data).stderr
 
 
 def test_labels_that_do_not_match_are_warned_of_loudly(model: Path, data: Path, tmp_path: Path) -> None:
@@ -163,6 +171,62 @@ def test_a_checkpoint_without_a_padding_token_is_measured_one_by_one(tmp_path: P
     assert "no padding token, so estimator 'batch'" in run(
         "compute", folder, "--data", data, "--estimator", "batch", code=1
     ).stderr  # fmt: skip
+
+
+def test_a_decoder_whose_padding_ids_disagree_is_measured_right(tmp_path: Path, data: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", "llama", pad_token_id=3)
+    for size in ("1", "32"):
+        run("compute", folder, "--data", data, "--batch-size", size, "--out", tmp_path / size)
+    one, other = read(tmp_path / "1"), read(tmp_path / "32")
+    for output, vectors in one.fisher.items():
+        assert_close(dict(vectors), dict(other.fisher[output]), rtol=1e-3, atol=1e-9)
+
+
+def test_nothing_but_a_sidecar_is_overwritten(model: Path, data: Path, tmp_path: Path) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    for out in (model / "model.safetensors", tmp_path):
+        result = run("compute", model, "--data", data, "--out", out, code=1)
+        assert "exists and is no sidecar; it was left as it is" in result.stderr
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_a_recipe_is_looked_into_as_a_whole_before_anything_is_measured(
+    tmp_path: Path, model: Path, data: Path
+) -> None:
+    other = tiny.sibling(tmp_path / "other", model, seed=1)
+    recipe = tmp_path / "recipe.yml"
+    entry = "{model: MODEL, fisher: {data: DATA}}"
+    entries = [
+        entry.replace("MODEL", str(model)).replace("DATA", str(data)),
+        entry.replace("MODEL", str(other)).replace("DATA", "none.jsonl"),
+    ]
+    recipe.write_text(f"merge_method: fisher_mask\nmodels: [{', '.join(entries)}]")
+    assert "there is no data file none.jsonl" in run("compute", recipe, code=1).stderr
+    assert sidecars(tmp_path) == []
+    both = [
+        f"{{model: {one}, fisher: {{data: {data}}}, parameters: {{sidecar: same}}}}" for one in (model, other)
+    ]
+    recipe.write_text(f"merge_method: fisher_mask\nmodels: [{', '.join(both)}]")
+    assert "two models have the same sidecar: same" in run("compute", recipe, code=1).stderr
+
+
+def test_a_merge_that_would_use_another_sidecar_is_said_every_time(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("compute", model, "--data", data)
+    monkeypatch.setattr(store.os, "access", lambda path, mode: False)
+    for _ in range(2):
+        assert f"a merge prefers {model / store.BESIDE}; to use this one" in run(
+            "compute", model, "--data", data, "--seed", "5"
+        ).stderr  # fmt: skip
+
+
+def test_files_in_torchs_old_format_with_old_names(model: Path, data: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save({name.replace("LayerNorm.weight", "LayerNorm.gamma"): value for name, value in state.items()}, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # fmt: skip
+    assert "only" not in run("compute", model, "--data", data).stderr.replace("read-only", "")
+    assert len(read(model / store.BESIDE).metadata.sites) == 4
 
 
 def test_a_pytorch_bin_checkpoint_and_a_sharded_one(tmp_path: Path, model: Path, data: Path) -> None:
@@ -243,6 +307,8 @@ def _breaks(folder: Path, case: str) -> None:
         (folder / "config.json").unlink()
     elif case == "config not JSON":
         (folder / "config.json").write_text("{")
+    elif case == "index":
+        (folder / "model.safetensors.index.json").write_text("{}")
     elif case == "no weights":
         (folder / "model.safetensors").unlink()
     elif case == "truncated weights":
@@ -272,6 +338,7 @@ def _breaks(folder: Path, case: str) -> None:
     [
         ("no config", "has no config.json"),
         ("config not JSON", "config.json is not JSON"),
+        ("index", "model.safetensors.index.json is not an index of weights"),
         ("no weights", "has no model.safetensors or pytorch_model.bin"),
         ("truncated weights", "cannot read model.safetensors"),
         (
@@ -307,6 +374,7 @@ def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
             "samples: Input should be greater than or equal to 1",
         ),
         (["MODEL", "--data", "DATA", "--text", "nope"], "has no column 'nope'; its columns are text, label"),
+        (["MODEL", "--data", "DATA", "--device", "meta"], "device 'meta' cannot be used"),
         (["MODEL", "--data", "DATA", "--device", "toaster"], "device 'toaster' cannot be used"),
         (["MODEL", "--data", "DATA", "--out", "MODEL/config.json/x"], "cannot write .*; nothing was written"),
         (["MODEL+adapter", "--data", "DATA"], "applies an adapter; merge it into its base first"),
