@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fisher_mask_mergekit.prepass import compute, pick_device
+from fisher_mask_mergekit.prepass import compute, pick_device, prepare
 from fisher_mask_mergekit.settings import FisherSettings
 
 VOCABULARY = 30522
@@ -56,9 +56,7 @@ def random_classifier(folder: Path, gib: float | None = None) -> None:
     AutoModelForSequenceClassification.from_config(bert_config(gib)).save_pretrained(folder)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = special + [f"w{index}" for index in range(len(special), VOCABULARY)]
-    inner = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -127,8 +125,12 @@ def main() -> None:
     settings = FisherSettings(data=str(data.resolve()), samples=options.samples)
     device = pick_device(None if options.device == "auto" else options.device)
     for folder in (first, second):
-        compute(str(folder), settings, device=device)
-    print(json.dumps({"data": str(data), "bytes": sum(file.stat().st_size for file in second.glob("*.safetensors"))}))
+        compute(prepare(str(folder), settings), device)
+    print(
+        json.dumps(
+            {"data": str(data), "bytes": sum(file.stat().st_size for file in second.glob("*.safetensors"))}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -151,7 +152,9 @@ def single_samples(batches: list[Batch]) -> Iterator[Batch]:
         lengths = batch.inputs["attention_mask"].sum(1).tolist()
         for row, length in enumerate(lengths):
             inputs = {
-                name: tensor[row : row + 1, :length] if tensor.shape[1:2] == (width,) else tensor[row : row + 1]
+                name: tensor[row : row + 1, :length]
+                if tensor.shape[1:2] == (width,)
+                else tensor[row : row + 1]
                 for name, tensor in batch.inputs.items()
             }
             yield Batch(inputs, batch.labels[row : row + 1], batch.index[row : row + 1])
@@ -169,37 +172,50 @@ def synchronise(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def clocked(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Wall time of a run, and the processor time it took on the host."""
-    synchronise(device)
-    wall, processor = time.perf_counter(), time.process_time()
-    run()
-    synchronise(device)
-    return {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+@dataclass
+class Timed:
+    """A way of measuring, the seconds of its runs, and what the last one gave.
+
+    Attributes:
+        run: Measures once.
+        most: How often it is run at most.
+        wall: Seconds of every run.
+        processor: The host's processor seconds of every run: other programs' work counts less in them.
+        result: What the last run returned.
+    """
+
+    run: Callable[[], Any]
+    most: int
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    result: Any = None
+
+    def once(self, device: torch.device) -> None:
+        """Run it by the clock."""
+        synchronise(device)
+        wall, processor = time.perf_counter(), time.process_time()
+        self.result = self.run()
+        synchronise(device)
+        self.wall.append(time.perf_counter() - wall)
+        self.processor.append(time.process_time() - processor)
 
 
-def timings(work: Workload, repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Seconds of every run. Every repeat runs all of them, in turn, so that a ratio compares neighbours."""
-    singles = list(single_samples(work.batches))
+def time_ways(work: Workload, singles: list[Batch], repeats: int) -> dict[str, Timed]:
+    """Every repeat runs all ways in turn, so that a ratio compares neighbours in time."""
     few, fewer = spread_out(singles, FULL_FISHER_SAMPLES), spread_out(singles, EXACT_FULL_FISHER_SAMPLES)
-    quick: dict[str, Callable[[], object]] = {
-        "pre_pass": partial(pre_pass, work),
-        "lower_bound": partial(lower_bound, work),
+    ways = {
+        "pre_pass": Timed(partial(pre_pass, work), repeats),
+        "lower_bound": Timed(partial(lower_bound, work), repeats),
+        "explicit_masks": Timed(partial(explicit_masks, work), SLOW_REPEATS),
+        "full_fisher": Timed(partial(full_fisher, work, few, exact=False), SLOW_REPEATS),
+        "exact_full_fisher": Timed(partial(full_fisher, work, fewer, exact=True), SLOW_REPEATS),
     }
-    slow: dict[str, Callable[[], object]] = {
-        "explicit_masks": partial(explicit_masks, work),
-        "full_fisher": partial(full_fisher, work, few, exact=False),
-        "exact_full_fisher": partial(full_fisher, work, fewer, exact=True),
-    }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*quick, *slow)}
     for repeat in range(repeats):
-        # Whoever runs second may find warmer caches or a busier neighbour: take turns.
-        for name in list(quick)[:: -1 if repeat % 2 else 1]:
-            found[name].append(clocked(quick[name], work.device))
-        if repeat < SLOW_REPEATS:
-            for name, run in slow.items():
-                found[name].append(clocked(run, work.device))
-    return found
+        # Who runs second may find warmer caches, or a busier machine: they take turns.
+        for way in list(ways.values())[:: -1 if repeat % 2 else 1]:
+            if repeat < way.most:
+                way.once(work.device)
+    return ways
 
 
 def disagreement(got: dict[NodeKey, Tensor], wanted: dict[NodeKey, Tensor]) -> float:
@@ -215,9 +231,10 @@ def time_all(work: Workload, repeats: int) -> dict[str, Any]:
     pre_pass(warm)
     lower_bound(warm)
     singles = list(single_samples(work.batches))
+    ways = time_ways(work, singles, repeats)
     return {
-        "seconds": timings(work, repeats),
-        "disagreement": disagreement(pre_pass(work), explicit_masks(work)),
+        "seconds": {name: {"wall": way.wall, "processor": way.processor} for name, way in ways.items()},
+        "disagreement": disagreement(ways["pre_pass"].result, ways["explicit_masks"].result),
         "samples": len(singles),
         "full_fisher_samples": min(FULL_FISHER_SAMPLES, len(singles)),
         "exact_full_fisher_samples": min(EXACT_FULL_FISHER_SAMPLES, len(singles)),
@@ -236,20 +253,22 @@ def time_all(work: Workload, repeats: int) -> dict[str, Any]:
 
 
 def peak_bytes(work: Workload, run: Callable[[], object]) -> dict[str, Any]:
-    """Peak memory of a run in a process that did nothing else, and how much there was before it."""
+    """Peak memory of a run in a process that runs nothing else, and how much was in use before it."""
     if work.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(work.device)
         before = torch.cuda.memory_allocated(work.device)
         run()
         synchronise(work.device)
         return {"of": "device", "before": before, "peak": torch.cuda.max_memory_allocated(work.device)}
-    before = resident_bytes()
+    with suppress(OSError):  # Linux only: forget the peak of loading. Elsewhere it stays in.
+        Path("/proc/self/clear_refs").write_text("5")
+    before = peak_resident_bytes()
     run()
-    return {"of": "process", "before": before, "peak": resident_bytes()}
+    return {"of": "process", "before": before, "peak": peak_resident_bytes()}
 
 
-def resident_bytes() -> int:
-    """The process's largest resident set so far."""
+def peak_resident_bytes() -> int:
+    """The process's largest resident set."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 

@@ -98,7 +98,8 @@ def mask_fisher(
 
     Raises:
         MeasurementError: If there is no sample; a loss or a gradient is not finite (names the site and
-            the node); two passes over the first batch differ; or a site's input is not batch first.
+            the node); the first sample gives something else by itself than in its batch; or a site's
+            input is not batch first.
 
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
@@ -107,11 +108,9 @@ def mask_fisher(
     samples, loss, correct = 0, 0.0, 0
     with _frozen(model), _mask_gradients(model, sites, mask_placement) as gradients:
         for batch in batches:
-            if samples == 0:
-                first = _forward_only(model, batch)
             log_probs = log_probabilities(model, batch.inputs)
             if samples == 0:
-                _check_deterministic(first, log_probs.detach(), next(model.parameters()).dtype)
+                _check_by_itself(model, batch, log_probs.detach())
             nll = -log_probs.detach().gather(1, batch.labels[:, None])[:, 0]
             if not bool(nll.isfinite().all()):
                 bad = int((~nll.isfinite()).nonzero()[0, 0])
@@ -259,14 +258,13 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _forward_only(model: nn.Module, batch: Batch) -> Tensor:
-    return log_probabilities(model, batch.inputs)
-
-
-def _check_deterministic(first: Tensor, second: Tensor, weights: torch.dtype) -> None:
-    gap = float((first - second).abs().max())
-    if gap > torch.finfo(weights).eps ** 0.5 * max(1.0, float(first.abs().max())):
+def _check_by_itself(model: nn.Module, batch: Batch, together: Tensor) -> None:
+    """Run a batch's first sample alone: it must not matter how often, and beside whom, a sample is run."""
+    alone = log_probabilities(model, {name: tensor[:1] for name, tensor in batch.inputs.items()})
+    gap = float((alone - together[:1]).abs().max())
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    if gap > eps**0.5 * max(1.0, float(together[:1].abs().max())):
         raise MeasurementError(
-            f"two passes over the first batch gave log-probabilities up to {gap:.3g} apart: "
-            "the model has a random layer that evaluation mode does not switch off"
+            f"sample {batch.index[0]} gave log-probabilities up to {gap:.3g} apart in a batch and by itself: "
+            "the model has a random layer that evaluation mode does not switch off, or mixes samples"
         )

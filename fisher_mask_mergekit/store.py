@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fisher_mask_mergekit.checkpoint import Checkpoint
@@ -29,14 +30,18 @@ def cached(checkpoint: Checkpoint) -> Path:
     return cache_folder() / key / BESIDE.name
 
 
-def find_all(checkpoint: Checkpoint) -> list[Path]:
+def find_all(checkpoint: Checkpoint) -> Iterator[Path]:
     """The checkpoint's sidecars in the order a merge prefers them: beside it, then in the cache."""
-    return [place for place in (checkpoint.folder / BESIDE, cached(checkpoint)) if place.is_file()]
+    if (beside := checkpoint.folder / BESIDE).is_file():
+        yield beside
+    if (kept := cached(checkpoint)).is_file():
+        yield kept
 
 
 def find(checkpoint: Checkpoint) -> Path | None:
     """The sidecar that a merge uses unless the recipe names one."""
-    return next(iter(find_all(checkpoint)), None)
+    # Asked for every tensor of a merge: what comes second is not looked up where there is a first.
+    return next(find_all(checkpoint), None)
 
 
 def destination(checkpoint: Checkpoint) -> Path:

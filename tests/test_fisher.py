@@ -217,7 +217,22 @@ def test_a_random_layer_is_caught() -> None:
     model = tiny.classifier("bert")
     model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _Noise())
     sites = tiny.sites_of(model)
-    with pytest.raises(MeasurementError, match="two passes over the first batch"):
+    with pytest.raises(
+        MeasurementError, match="apart in a batch and by itself: the model has a random layer"
+    ):
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+
+
+class _BatchMean(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden - hidden.mean(0, keepdim=True)
+
+
+def test_a_layer_that_mixes_samples_is_caught() -> None:
+    model = tiny.classifier("bert")
+    model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _BatchMean())
+    sites = tiny.sites_of(model)
+    with pytest.raises(MeasurementError, match="or mixes samples"):
         mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
 
 

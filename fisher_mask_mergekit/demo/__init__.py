@@ -1,49 +1,15 @@
-"""The demo: a real merge from nothing but bundled text, step by step, with the commands a user would type."""
+"""The demo: a real merge from nothing but bundled text."""
 
-import json
+import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib import resources
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 
-from fisher_mask_mergekit import store
-from fisher_mask_mergekit.checkpoint import locate
-from fisher_mask_mergekit.demo.commands import run_command, spell
-from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, OWN, Results
-from fisher_mask_mergekit.demo.training import (
-    SEED,
-    Rows,
-    Sizes,
-    correct,
-    fine_tune,
-    pretrain,
-    quiet,
-    train_tokenizer,
-)
-from fisher_mask_mergekit.draft import draft_recipe
+from fisher_mask_mergekit.demo.sizes import Sizes
 from fisher_mask_mergekit.errors import RecipeError
-from fisher_mask_mergekit.recipe import METHOD
-from fisher_mask_mergekit.report import head_fisher_map
-from fisher_mask_mergekit.sidecar import read
-
-TASKS = ("banking77", "clinc150")
-Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A bundled data set: its files' rows, and all its label names in the order of their indices."""
-
-    name: str
-    labels: tuple[str, ...]
-    train: Rows
-    held_out: Rows
-
-
-def run_demo(out: Path, say: Say, sizes: Sizes | None = None) -> None:
+def run_demo(out: Path, say: Callable[[str], None], sizes: Sizes | None = None) -> None:
     """Train a small BERT on two tasks, measure, merge with ``mergekit-yaml``, and compare on held-out rows.
 
     Needs no network. Measuring and merging are the real commands, run as a user would run them.
@@ -63,140 +29,16 @@ def run_demo(out: Path, say: Say, sizes: Sizes | None = None) -> None:
         raise RecipeError(f"{out} exists; remove it, or choose another folder with --out") from error
     except OSError as error:
         raise RecipeError(f"cannot make {out}: {error.strerror or error}") from error
+    # Threads that wait do not spin: where other work shares the cores, small tensors take ten times as
+    # long with it. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        from fisher_mask_mergekit.demo.story import tell
+        from fisher_mask_mergekit.demo.training import quiet
+
         with quiet():
-            _tell(out, say, sizes or Sizes())
+            tell(out, say, sizes or Sizes())
     except BaseException:
         # A later run starts from nothing; half a demo would be in its way.
         shutil.rmtree(out, ignore_errors=True)
         raise
-
-
-def _tell(out: Path, say: Say, sizes: Sizes) -> None:
-    started = time.perf_counter()
-    tasks = [_bring(name, out / "data", sizes) for name in TASKS]
-    counts = "; ".join(
-        f"{task.name}, {len(task.labels)} labels, {len(task.train.texts)} training and "
-        f"{len(task.held_out.texts)} held-out rows"
-        for task in tasks
-    )
-    say(f"[1/7] Two tasks of real text: {counts}.")
-    _train(out, tasks, say, sizes)
-    _draft(out, say)
-    command = ["mergekit-fisher", "compute", str(out / "recipe.yml")]
-    say("[4/7] Measure the Fisher information of both models' mask nodes.")
-    say(spell(command))
-    for line in run_command(command).splitlines():
-        say(f"    {line}")
-    _merge(out, say)
-    say("[6/7] Evaluate on the held-out rows.")
-    lines = {OWN: "models", AVERAGE: f"tasks/{AVERAGE}", MERGED: f"tasks/{MERGED}"}
-    results = Results(
-        {
-            line: {task.name: correct(out / folder / task.name, task.held_out) for task in tasks}
-            for line, folder in lines.items()
-        }
-    )
-    say("[7/7] Draw the measured head Fishers, write the table.")
-    _write(out, results, sizes)
-    say(f"\n{results.table()}\n\n{results.caution()}\n")
-    say(_where(out))
-    say(f"Done in {time.perf_counter() - started:.0f} s.")
-
-
-def _bring(name: str, folder: Path, sizes: Sizes) -> _Task:
-    """Copy a bundled data set to where a recipe can name it."""
-    folder.mkdir(exist_ok=True)
-    rows: dict[str, Rows] = {}
-    labels: tuple[str, ...] = ()
-    for part, limit in (("train", sizes.train_rows), ("held_out", sizes.held_out_rows)):
-        file = f"{name}_{part}.jsonl"
-        lines = (resources.files(__package__) / "data" / file).read_text(encoding="utf-8").splitlines()
-        (folder / file).write_text("\n".join(lines[:limit]) + "\n", encoding="utf-8")
-        found = [json.loads(line) for line in lines]
-        labels = labels or tuple(sorted({row["label"] for row in found}))
-        rows[part] = Rows(
-            tuple(row["text"] for row in found[:limit]), tuple(row["label"] for row in found[:limit])
-        )
-    return _Task(name, labels, rows["train"], rows["held_out"])
-
-
-def _train(out: Path, tasks: list[_Task], say: Say, sizes: Sizes) -> None:
-    say(
-        f"[2/7] Make a BERT of {sizes.layers} layers with {sizes.heads} heads and {sizes.neurons} neurons each: "
-        "masked-LM training on both tasks' training texts, then fine-tuning on each task."
-    )
-    texts = [text for task in tasks for text in task.train.texts]
-    parent = out / "pretrained"
-    tokenizer = train_tokenizer(texts, sizes)
-    started = time.perf_counter()
-    first, last = pretrain(texts, tokenizer, sizes, parent)
-    say(f"    {parent}: masked-LM loss {first:.2f} to {last:.2f}, {time.perf_counter() - started:.0f} s")
-    for task in tasks:
-        folder = out / "models" / task.name
-        started = time.perf_counter()
-        fine_tune(task.train, task.labels, parent, sizes, folder)
-        say(f"    {folder}: {len(task.labels)} labels, {time.perf_counter() - started:.0f} s")
-
-
-def _draft(out: Path, say: Say) -> None:
-    """The recipe, and the same one for plain averaging."""
-    models = [str(out / "models" / name) for name in TASKS]
-    data = [str(out / "data" / f"{name}_train.jsonl") for name in TASKS]
-    options = [word for file in data for word in ("--data", file)]
-    recipe, average = out / "recipe.yml", out / "average.yml"
-    method, plain = f"merge_method: {METHOD}", "merge_method: linear"
-    say("[3/7] Write the recipe, and a second one that only averages.")
-    say(spell(["mergekit-fisher", "init", *models, *options], to=recipe))
-    say(spell(["sed", f"s/{method}/{plain}/", str(recipe)], to=average))
-    text = draft_recipe(models, data)
-    recipe.write_text(text, encoding="utf-8")
-    average.write_text(text.replace(method, plain), encoding="utf-8")
-
-
-def _merge(out: Path, say: Say) -> None:
-    say("[5/7] Merge with both recipes; give each task its own head on the merged encoder.")
-    for recipe, name in (("average.yml", AVERAGE), ("recipe.yml", MERGED)):
-        merged = str(out / "merged" / name)
-        for command in (
-            ["mergekit-yaml", str(out / recipe), merged],
-            ["mergekit-fisher", "heads", str(out / recipe), merged, str(out / "tasks" / name)],
-        ):
-            say(spell(command))
-            run_command(command)
-
-
-def _write(out: Path, results: Results, sizes: Sizes) -> None:
-    """The picture, and the table for people and for programs."""
-    sidecars = {}
-    for name in TASKS:
-        path = store.find(locate(str(out / "models" / name)))
-        assert path is not None, "compute has just written it"
-        sidecars[name] = read(path)
-    head_fisher_map(sidecars, out / "fisher.png")
-    record = {
-        **results.record(),
-        "seed": SEED,
-        "sizes": asdict(sizes),
-        "versions": {name: version(name) for name in ("mergekit", "torch", "transformers")},
-    }
-    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(
-        f"# Two tasks, one encoder\n\n{results.table()}\n\n{results.caution()}\n\n"
-        "![Fisher information of the mask nodes](fisher.png)\n",
-        encoding="utf-8",
-    )
-
-
-def _where(out: Path) -> str:
-    places: Mapping[str, str] = {
-        "results.md, results.json": "the table",
-        "fisher.png": "the Fisher information of each model's mask nodes",
-        "recipe.yml, average.yml": "the recipes",
-        "data/": "the bundled rows; the package's NOTICE names their authors and licences",
-        "pretrained/, models/": "the parent; the fine-tuned models, each with its sidecar in fisher/",
-        "merged/": "what mergekit wrote",
-        "tasks/": "a complete checkpoint per merge and task",
-    }
-    width = max(len(name) for name in places)
-    return f"In {out}:\n" + "\n".join(f"    {name:<{width}}  {what}" for name, what in places.items())
