@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, tensor_shapes, transformers_errors
@@ -62,7 +63,8 @@ def _measurement(checkpoint: Checkpoint, data: str | None) -> str:
         return ""
     if data is None:
         return "fisher: {data: DATASET}  # fill in: what this checkpoint was fine-tuned on"
-    return f"fisher: {{data: {json.dumps(data)}}}"
+    local = str(Path(data).resolve()) if Path(data).exists() else data
+    return f"fisher: {{data: {json.dumps(local)}}}"
 
 
 def _models_recipe(entries: Sequence[tuple[str, str]]) -> str:

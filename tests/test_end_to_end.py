@@ -106,6 +106,7 @@ def test_two_classifiers_with_different_heads(tmp_path: Path) -> None:
         "mergekit-fisher", "init", "two", "three", "--data", "two.jsonl", "--data", "three.jsonl", cwd=work
     )
     (work / "recipe.yml").write_text(recipe.stdout)
+    assert f'data: "{work / "two.jsonl"}"' in recipe.stdout
     measured = command("mergekit-fisher", "compute", "recipe.yml", cwd=work).stdout.splitlines()
     assert [line.split(":")[0] for line in measured] == [str(two), str(three)]
     command("mergekit-yaml", "recipe.yml", "merged", cwd=work)
