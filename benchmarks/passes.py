@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +25,12 @@ from transformers.utils import logging
 
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples, token_batches
-from fisher_mask_mergekit.fisher import Batch, NodeKey, mask_fisher
+from fisher_mask_mergekit.fisher import NodeKey, mask_fisher
 from fisher_mask_mergekit.prepass import pick_device
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sites import Site, find_sites
-from fisher_mask_mergekit.tasks import log_probabilities
+from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.skeleton import sites_of
+from fisher_mask_mergekit.tasks import Batch, Task, task_of
 
 MOST_TOKENS = 512
 SLOW_REPEATS = 2
@@ -46,6 +47,7 @@ class Workload:
     model: nn.Module
     batches: list[Batch]
     sites: tuple[Site, ...]
+    task: Task
     device: torch.device
 
 
@@ -65,16 +67,14 @@ def load_workload(checkpoint: Path, data: str, samples: int, device: torch.devic
         by_length=True,
         device=device,
     )
-    sites = find_sites(
-        tensor_shapes(locate(str(checkpoint))), model.config.get_text_config().num_attention_heads
-    )
+    sites = sites_of(model, tensor_shapes(locate(str(checkpoint))))
     model.eval().requires_grad_(False).to(device)
-    return Workload(model, list(batches), sites, device)
+    return Workload(model, list(batches), sites, task_of(model.config, str(checkpoint)), device)
 
 
 def pre_pass(work: Workload) -> dict[NodeKey, Tensor]:
     """The thing itself."""
-    return mask_fisher(work.model, work.batches, work.sites).fisher
+    return mask_fisher(work.model, work.batches, work.sites, work.task).fisher
 
 
 def lower_bound(work: Workload) -> None:
@@ -88,8 +88,7 @@ def lower_bound(work: Workload) -> None:
 
     with work.model.get_submodule(work.sites[0].output).register_forward_pre_hook(start):
         for batch in work.batches:
-            log_probs = log_probabilities(work.model, batch.inputs)
-            (-log_probs.gather(1, batch.labels[:, None]).sum()).backward()
+            work.task.likelihood(work.model, batch).losses().sum().backward()
 
 
 def explicit_masks(work: Workload) -> dict[NodeKey, Tensor]:
@@ -109,11 +108,11 @@ def explicit_masks(work: Workload) -> dict[NodeKey, Tensor]:
     sums: dict[NodeKey, Any] = {}
     count = 0
     for sample in single_samples(work.batches):
-        log_probs = log_probabilities(work.model, sample.inputs)
-        gradients = torch.autograd.grad(-log_probs[0, sample.labels[0]], list(masks.values()))
+        loss = work.task.likelihood(work.model, sample).losses().sum()
+        gradients = torch.autograd.grad(loss, list(masks.values()))
         for site, gradient in zip(work.sites, gradients, strict=True):
             wide = gradient.to(torch.float32 if work.device.type == "mps" else torch.float64)
-            for node, length in site.nodes().items():
+            for node, (length,) in site.nodes().items():
                 square = wide.unflatten(0, (length, -1)).sum(-1).square()
                 sums[site.output, node] = sums.get((site.output, node), 0) + square
         count += 1
@@ -131,7 +130,7 @@ def full_fisher(work: Workload, samples: list[Batch], *, exact: bool) -> list[Te
     parameters = list(work.model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     for sample in samples:
-        log_probs = log_probabilities(work.model, sample.inputs)[0]
+        log_probs = work.task.likelihood(work.model, sample).log_probs[0]
         labels = list(range(len(log_probs))) if exact else [int(sample.labels[0])]
         for label in labels:
             weight = float(log_probs[label].detach().exp()) if exact else 1.0
@@ -227,7 +226,7 @@ def disagreement(got: dict[NodeKey, Tensor], wanted: dict[NodeKey, Tensor]) -> f
 
 def time_all(work: Workload, repeats: int) -> dict[str, Any]:
     """Everything that is timed, and on what."""
-    warm = Workload(work.model, work.batches[:1], work.sites, work.device)
+    warm = replace(work, batches=work.batches[:1])
     pre_pass(warm)
     lower_bound(warm)
     singles = list(single_samples(work.batches))
@@ -238,7 +237,7 @@ def time_all(work: Workload, repeats: int) -> dict[str, Any]:
         "samples": len(singles),
         "full_fisher_samples": min(FULL_FISHER_SAMPLES, len(singles)),
         "exact_full_fisher_samples": min(EXACT_FULL_FISHER_SAMPLES, len(singles)),
-        "labels": int(log_probabilities(work.model, singles[0].inputs).shape[1]),
+        "labels": work.task.likelihood(work.model, singles[0]).log_probs.shape[1],
         "batches": [list(batch.inputs["input_ids"].shape) for batch in work.batches],
         "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in work.batches),
         "padded_tokens": sum(batch.inputs["input_ids"].numel() for batch in work.batches),

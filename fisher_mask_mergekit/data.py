@@ -13,10 +13,10 @@ import numpy
 import torch
 
 from fisher_mask_mergekit.errors import DataError, first_line
-from fisher_mask_mergekit.fisher import Batch
 from fisher_mask_mergekit.labels import label_name, match_labels
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
+from fisher_mask_mergekit.tasks import Batch
 
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),

@@ -1,37 +1,20 @@
 """Fisher information of mask nodes, from batched forward and backward passes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
-import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.settings import Estimator, Labels, MaskPlacement
-from fisher_mask_mergekit.sites import Node, Site, sum_over_groups
-from fisher_mask_mergekit.tasks import log_probabilities
+from fisher_mask_mergekit.sites import Node, Site, stack_of, sum_over_groups
+from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 NodeKey = tuple[str, Node]
 """A site's output projection and the kind of node."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one forward pass.
-
-    Attributes:
-        inputs: What the model takes, each ``[B, ...]``.
-        labels: ``[B]``, indices of the checkpoint's labels.
-        index: Which of the drawn samples these are; seeds the draw of labels from the model.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    index: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,23 +23,28 @@ class MaskFisher:
 
     Attributes:
         fisher: Per site and kind of node, a vector (``head_fisher [H]``, ``kv_head_fisher [K]``,
-            ``neuron_fisher [D]``), non-negative, in nats squared; float64, or float32 where the device
-            has no float64.
+            ``neuron_fisher [D]``, or ``[E, D]`` for E experts), non-negative, in nats squared; float64, or
+            float32 where the device has no float64.
         samples: N.
-        loss: Mean over samples of the negative log-likelihood of the data's labels, in nats.
-        accuracy: Share of samples whose most probable label is the data's.
+        loss: Mean over samples of their negative log-likelihood, in nats.
+        accuracy: Mean over samples of the share of predictions whose most probable outcome is the data's.
+        one_by_one: Whether samples ran one at a time, because not every site keeps them apart in a batch.
+        unreached: Sites of a stack that no sample ran through (a vision tower without images): all zeros.
     """
 
     fisher: dict[NodeKey, Tensor]
     samples: int
     loss: float
     accuracy: float
+    one_by_one: bool
+    unreached: tuple[str, ...]
 
 
 def mask_fisher(
     model: nn.Module,
     batches: Iterable[Batch],
     sites: Iterable[Site],
+    task: Task,
     *,
     labels: Labels = "data",
     estimator: Estimator = "sample",
@@ -78,10 +66,16 @@ def mask_fisher(
     needs samples that do not influence each other: no batch statistics, no dropout. The model is put in
     evaluation mode with frozen weights, and left as it was found.
 
+    Where samples do not lie one after the other along the first axis of a site's input, all samples run
+    one at a time. So they do where experts are kept as one parameter ``W [E, ...]`` with no module of
+    their own: there the mask's gradient is the sum of :math:`W \, \partial \ell_n / \partial W` over what
+    leaves the neuron.
+
     Args:
-        model: A sequence classifier.
+        model: A model with the task's head.
         batches: The samples. An iterator is enough; it is read once.
         sites: Where the model's mask nodes are.
+        task: What the loss is.
         labels: ``data``: :math:`y_n` from the batch (empirical Fisher). ``sampled``: :math:`y_n` drawn from
             :math:`p(y \mid x_n)`, by ``seed`` and the sample's index. ``exact``: the expectation of the
             squared gradient over :math:`p(y \mid x_n)`, one backward pass per label.
@@ -98,82 +92,114 @@ def mask_fisher(
 
     Raises:
         MeasurementError: If there is no sample; a loss or a gradient is not finite (names the site and
-            the node); the first sample gives something else by itself than in its batch; or a site's
-            input is not batch first.
+            the node); the first sample gives something else by itself than in its batch; or no gradient
+            reaches a site, though it does reach others of its stack.
 
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
     sites = tuple(sites)
     sums: dict[NodeKey, Tensor] = {}
-    samples, loss, correct = 0, 0.0, 0
-    with _frozen(model), _mask_gradients(model, sites, mask_placement) as gradients:
+    samples, loss, correct = 0, 0.0, 0.0
+    one_by_one = any(site.experts for site in sites)
+    with _frozen(model), _MaskGradients(model, sites, mask_placement).attached() as gradients:
         for batch in batches:
-            log_probs = log_probabilities(model, batch.inputs)
-            if samples == 0:
-                _check_by_itself(model, batch, log_probs.detach())
-            nll = -log_probs.detach().gather(1, batch.labels[:, None])[:, 0]
-            if not bool(nll.isfinite().all()):
-                bad = int((~nll.isfinite()).nonzero()[0, 0])
-                raise MeasurementError(f"the loss of sample {batch.index[bad]} is {nll[bad].item()}")
-            for target, weight in _targets(log_probs.detach(), batch, labels, seed):
-                gradients.clear()
-                loss_sum = -log_probs.gather(1, target[:, None]).sum()
-                loss_sum.backward(retain_graph=labels == "exact")
-                for key, gradient in gradients.items():
-                    sums[key] = sums.get(key, 0) + _squared(gradient, weight, estimator)
-            samples += len(nll)
-            loss += float(nll.double().sum())
-            correct += int((log_probs.argmax(-1) == batch.labels).sum())
+            means: dict[NodeKey, Tensor] = {}
+            parts = list(batch.split()) if one_by_one else [batch]
+            while parts:
+                part = parts.pop(0)
+                gradients.inputs = {} if samples == 0 else None
+                likelihood = gradients.run(task, part)
+                if samples == 0 and not _apart(gradients, task, part, likelihood) and not one_by_one:
+                    one_by_one, parts = True, list(batch.split())
+                    continue
+                losses = likelihood.losses().detach()
+                _check_losses(losses, part)
+                for outcomes, weight in _outcomes(likelihood, labels, seed):
+                    gradients.found.clear()
+                    likelihood.losses(outcomes).sum().backward(retain_graph=labels == "exact")
+                    for key, gradient in gradients.found.items():
+                        if estimator == "batch":
+                            means[key] = means.get(key, 0) + _wide(gradient).sum(0) / len(batch.index)
+                        else:
+                            sums[key] = sums.get(key, 0) + _squared(gradient, weight)
+                samples += len(losses)
+                loss += float(losses.double().sum())
+                correct += float(likelihood.correct().sum())
+            for key, mean in means.items():
+                sums[key] = sums.get(key, 0) + mean.square()
             on_batch(batch)
     if samples == 0:
         raise MeasurementError("there is no sample to measure on")
     for key, total in sums.items():  # In backward order: the first that is bad is where it began.
         _check_finite(total, key)
-    unreached = [site.output for site in sites for node in site.nodes() if (site.output, node) not in sums]
-    if unreached:
-        raise MeasurementError(
-            f"no gradient reached {unreached[0]}: the model does not run it, or does not use what it gives"
-        )
+    unreached = _unreached(sites, sums)
     scale = 1 if estimator == "batch" else samples
-    fisher = {(site.output, node): sums[site.output, node] / scale for site in sites for node in site.nodes()}
-    return MaskFisher(fisher, samples, loss / samples, correct / samples)
+    like = next(iter(sums.values()))
+    fisher = {}
+    for site in sites:
+        for node, shape in site.nodes().items():
+            key = site.output, node
+            fisher[key] = sums[key] / scale if key in sums else like.new_zeros(shape)
+    return MaskFisher(fisher, samples, loss / samples, correct / samples, one_by_one, unreached)
+
+
+def _unreached(sites: tuple[Site, ...], reached: dict[NodeKey, Tensor]) -> tuple[str, ...]:
+    """The sites of stacks that no sample ran through.
+
+    Raises:
+        MeasurementError: If a stack was run, but not all of its sites, or none was.
+    """
+    ran = {output for output, _ in reached}
+    stacks = {stack_of(output) for output in ran}
+    unreached = tuple(site.output for site in sites if site.output not in ran)
+    strange = [output for output in unreached if stack_of(output) in stacks or not stacks]
+    if strange:
+        raise MeasurementError(
+            f"no gradient reached {strange[0]}: the model does not run it, or does not use what it gives"
+        )
+    return unreached
+
+
+def _check_losses(losses: Tensor, batch: Batch) -> None:
+    if not bool(losses.isfinite().all()):
+        bad = int((~losses.isfinite()).nonzero()[0, 0])
+        raise MeasurementError(f"the loss of sample {batch.index[bad]} is {losses[bad].item()}")
 
 
 def _check_finite(total: Tensor, key: NodeKey) -> None:
     bad = ~total.isfinite()
     if bool(bad.any()):
         site, kind = key
-        node = int(bad.nonzero()[0, 0])
+        node = bad.nonzero()[0].tolist()
         raise MeasurementError(
-            f"the gradient at {site}, {kind.removesuffix('_fisher').replace('_', ' ')} {node}, is not finite "
-            f"({total[node].item()}); try another dtype, or look for infinities in the checkpoint"
+            f"the gradient at {site}, {kind.removesuffix('_fisher').replace('_', ' ')} "
+            f"{' of expert '.join(map(str, reversed(node)))}, is not finite "
+            f"({total[tuple(node)].item()}); try another dtype, or look for infinities in the checkpoint"
         )
 
 
-def _squared(gradient: Tensor, weight: Tensor | None, estimator: Estimator) -> Tensor:
-    """One batch's contribution to the sum, ``[B, n] -> [n]``."""
-    wide = gradient.to(torch.float32 if gradient.device.type == "mps" else torch.float64)
-    if estimator == "batch":
-        return wide.mean(0).square()
-    squares = wide.square()
-    return squares.sum(0) if weight is None else (weight[:, None] * squares).sum(0)
+def _wide(gradient: Tensor) -> Tensor:
+    return gradient.to(torch.float32 if gradient.device.type == "mps" else torch.float64)
 
 
-def _targets(
-    log_probs: Tensor, batch: Batch, labels: Labels, seed: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The labels ``[B]`` to take gradients for, one backward pass each, and their weights ``[B]``."""
+def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
+    """One batch's contribution to the sum, ``[B, ...] -> [...]``."""
+    squares = _wide(gradient).square()
+    if weight is not None:
+        squares *= weight.reshape(-1, *[1] * (squares.ndim - 1))
+    return squares.sum(0)
+
+
+def _outcomes(
+    likelihood: Likelihood, labels: Labels, seed: int
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The outcomes to take gradients for, one backward pass each, and their weights ``[B]``."""
     if labels == "data":
-        yield batch.labels, None
+        yield None, None
     elif labels == "sampled":
-        # A draw of its own per sample: neither batch size nor order may change it.
-        draws = [numpy.random.default_rng([seed, index]).random() for index in batch.index]
-        uniform = torch.tensor(draws, dtype=log_probs.dtype, device=log_probs.device)
-        drawn = torch.searchsorted(log_probs.exp().cumsum(1), uniform[:, None])[:, 0]
-        yield drawn.clamp(max=log_probs.shape[1] - 1), None
+        yield likelihood.sampled(seed), None
     else:
-        for label in range(log_probs.shape[1]):
-            yield torch.full_like(batch.labels, label), log_probs[:, label].exp()
+        yield from likelihood.expectation()
 
 
 @contextmanager
@@ -193,61 +219,96 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _mask_gradients(
-    model: nn.Module, sites: tuple[Site, ...], mask_placement: MaskPlacement
-) -> Iterator[dict[NodeKey, Tensor]]:
-    """A dictionary that every backward pass fills with per-sample mask gradients ``[B, n]``.
+@dataclass
+class _MaskGradients:
+    """Hooks that every backward pass fills ``found`` with: per-sample mask gradients ``[B, ...]``.
 
-    A module that runs several times in a forward pass contributes the sum over its runs.
+    Attributes:
+        model: The model.
+        sites: Its mask nodes.
+        placement: Of the neuron masks.
+        samples: B of the forward pass to come.
+        found: What the last backward pass gave. A module that runs several times in a forward pass
+            contributes the sum over its runs.
+        inputs: If not None, gets what a forward pass gives each site.
     """
-    gradients: dict[NodeKey, Tensor] = {}
 
-    def add(site: Site, values: Tensor, bias: Tensor | None, gradient: Tensor) -> None:
-        wide = torch.promote_types(values.dtype, torch.float32)
-        masked = values.to(wide) if bias is None else values.to(wide) - bias.to(wide)
-        product = masked * gradient.to(wide)
-        per_sample = product.flatten(1, -2).sum(1)
-        if site.kind == "ffn":
-            found: dict[Node, Tensor] = {"neuron_fisher": per_sample}
-        else:
-            heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
-            found = {"head_fisher": heads, "kv_head_fisher": sum_over_groups(heads, site.kv_heads)}
-        for node, value in found.items():
-            key = (site.output, node)
-            gradients[key] = gradients[key] + value if key in gradients else value
+    model: nn.Module
+    sites: tuple[Site, ...]
+    placement: MaskPlacement
+    samples: int = 1
+    found: dict[NodeKey, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] | None = None
 
-    def watch(site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
-        if tensor.ndim < 3:
-            raise MeasurementError(
-                f"{site.output}: expected an input [batch, tokens, dim], got {list(tensor.shape)}"
-            )
+    @contextmanager
+    def attached(self) -> Iterator["_MaskGradients"]:
+        with ExitStack() as stack:
+            for site in self.sites:
+                before = site.kind == "ffn" and self.placement == "pre"
+                path = site.inputs[0] if before else site.output
+                if site.experts:
+                    weight = _parameter(self.model, path)
+                    weight.requires_grad_(True)
+                    stack.callback(weight.requires_grad_, False)
+                    hook = partial(self._from_weight, site, site.model_axis(path))
+                    stack.callback(weight.register_post_accumulate_grad_hook(hook).remove)
+                else:
+                    module = _submodule(self.model, path)
+                    if before:
+                        handle = module.register_forward_hook(partial(self._after_input, site))
+                    else:
+                        handle = module.register_forward_pre_hook(partial(self._before_output, site))
+                    stack.callback(handle.remove)
+            yield self
+
+    def run(self, task: Task, batch: Batch) -> Likelihood:
+        """A forward pass."""
+        self.samples = len(batch.index)
+        return task.likelihood(self.model, batch)
+
+    def _before_output(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._watch(site, args[0], None), *args[1:])
+
+    def _after_input(self, site: Site, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._watch(site, output, getattr(module, "bias", None))
+
+    def _watch(self, site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
+        if self.inputs is not None:
+            self.inputs[site.output] = tensor.detach()
+        if not torch.is_grad_enabled():
+            return tensor
         if not tensor.requires_grad:  # The first site: autograd starts here, not at the embeddings.
             tensor = tensor.detach().requires_grad_()
         # The hook must hold another tensor object than the one it is registered on, else the two keep
         # each other alive.
-        tensor.register_hook(partial(add, site, tensor.detach(), bias))
+        tensor.register_hook(partial(self._from_activation, site, tensor.detach(), bias))
         return tensor
 
-    def before_output(site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (watch(site, args[0], None), *args[1:])
+    def _from_activation(self, site: Site, values: Tensor, bias: Tensor | None, gradient: Tensor) -> None:
+        wide = torch.promote_types(values.dtype, torch.float32)
+        masked = values.to(wide) if bias is None else values.to(wide) - bias.to(wide)
+        product = masked * gradient.to(wide)
+        per_sample = product.reshape(self.samples, -1, product.shape[-1]).sum(1)
+        if site.kind == "attention":
+            heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
+            self._add(site, "head_fisher", heads)
+            self._add(site, "kv_head_fisher", sum_over_groups(heads, site.kv_heads))
+        else:
+            # More columns than neurons: gate and up in one, before the activation.
+            self._add(site, "neuron_fisher", site.activated(per_sample))
 
-    def after_input(site: Site, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return watch(site, output, getattr(module, "bias", None))
+    @torch.no_grad()
+    def _from_weight(self, site: Site, model_axis: int, weight: Tensor) -> None:
+        """The gradient of neuron masks by that of the experts' weights, for a single sample."""
+        assert weight.grad is not None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        product = weight.to(wide) * weight.grad.to(wide)
+        weight.grad = None
+        self._add(site, "neuron_fisher", site.activated(product.sum(model_axis))[None])
 
-    handles: list[RemovableHandle] = []
-    try:
-        for site in sites:
-            if site.kind == "ffn" and mask_placement == "pre":
-                module = _submodule(model, site.inputs[0])
-                handles.append(module.register_forward_hook(partial(after_input, site)))
-            else:
-                module = _submodule(model, site.output)
-                handles.append(module.register_forward_pre_hook(partial(before_output, site)))
-        yield gradients
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _add(self, site: Site, node: Node, value: Tensor) -> None:
+        key = (site.output, node)
+        self.found[key] = self.found[key] + value if key in self.found else value
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -257,14 +318,48 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         raise MeasurementError(f"the checkpoint has {path}, the loaded model does not") from error
 
 
+def _parameter(model: nn.Module, path: str) -> nn.Parameter:
+    try:
+        return model.get_parameter(path)
+    except AttributeError as error:
+        raise MeasurementError(f"the checkpoint has {path}, the loaded model does not") from error
+
+
 @torch.no_grad()
-def _check_by_itself(model: nn.Module, batch: Batch, together: Tensor) -> None:
-    """Run a batch's first sample alone: it must not matter how often, and beside whom, a sample is run."""
-    alone = log_probabilities(model, {name: tensor[:1] for name, tensor in batch.inputs.items()})
-    gap = float((alone - together[:1]).abs().max())
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    if gap > eps**0.5 * max(1.0, float(together[:1].abs().max())):
-        raise MeasurementError(
-            f"sample {batch.index[0]} gave log-probabilities up to {gap:.3g} apart in a batch and by itself: "
-            "the model has a random layer that evaluation mode does not switch off, or mixes samples"
-        )
+def _apart(gradients: _MaskGradients, task: Task, batch: Batch, together: Likelihood) -> bool:
+    """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
+
+    Returns:
+        Whether every site's input was the samples' inputs, one after the other along the first axis.
+
+    Raises:
+        MeasurementError: If a sample gives something else by itself.
+    """
+    eps = torch.finfo(next(gradients.model.parameters()).dtype).eps
+    inputs, apart = gradients.inputs or {}, True
+    parts = list(batch.split())
+    for position in {0, len(parts) - 1}:
+        single: dict[str, Tensor] = {}
+        gradients.inputs = single
+        alone = gradients.run(task, parts[position]).outputs(0)
+        expected = together.outputs(position)
+        gap = float((alone - expected).abs().max())
+        if gap > eps**0.5 * max(1.0, float(expected.abs().max())):
+            raise MeasurementError(
+                f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
+                "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
+            )
+        for output, whole in inputs.items():
+            apart &= _is_chunk(whole, single.get(output), position, len(parts), eps)
+    gradients.samples = len(parts)  # As of the forward pass that a backward pass will follow.
+    return apart
+
+
+def _is_chunk(whole: Tensor, alone: Tensor | None, position: int, samples: int, eps: float) -> bool:
+    """Whether one sample's input of a site is the batch's, cut along the first axis."""
+    if alone is None or whole.shape[0] % samples or alone.shape[0] * samples != whole.shape[0]:
+        return False
+    chunk = whole.chunk(samples)[position]
+    return alone.shape == chunk.shape and bool(
+        ((alone - chunk).abs().max() <= eps**0.5 * max(1.0, float(chunk.abs().max()))).item()
+    )

@@ -56,7 +56,8 @@ def merge_rows(
     Args:
         tensors: :math:`\theta_j`, each ``[R, ...]``, all of one shape and dtype. Not changed.
         weights: :math:`\lambda_j \ge 0`, at least one positive.
-        fishers: :math:`F_j`, each ``[R]`` or ``[1]``, non-negative.
+        fishers: :math:`F_j`, non-negative, of one shape that broadcasts to the tensors': ``[R, 1]`` for
+            the rows of a matrix.
 
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
@@ -64,8 +65,9 @@ def merge_rows(
     Reference: arXiv 2403.09891, eq. (5).
     """
     first = tensors[0]
-    plain = torch.tensor(weights, dtype=torch.float64)[:, None]
+    plain = torch.tensor(weights, dtype=torch.float64)
     plain = plain / plain.max()  # So that no sum overflows.
+    plain = plain.reshape(-1, *[1] * first.ndim)
     share = plain / plain.sum()
     if fishers is not None:
         weighted = plain * torch.stack([fisher.to("cpu", torch.float64) for fisher in fishers])
@@ -73,7 +75,6 @@ def merge_rows(
         share = torch.where(total > 0, weighted / total, share)
     dtype = torch.promote_types(first.dtype, torch.float32)
     share = share.to(first.device, dtype)
-    share = share.reshape(*share.shape, *[1] * (first.ndim - 1)) if first.ndim else share[:, 0]
     merged = torch.zeros_like(first, dtype=dtype)
     for tensor, part in zip(tensors, share, strict=True):
         merged.addcmul_(tensor, part)
@@ -158,7 +159,7 @@ def _merge(
             fishers.append(fisher)
     if not fishers or None in sidecars:
         return merge_rows(tensors, weights)
-    if len(fishers) < len(counted) or len({len(fisher) for fisher in fishers}) > 1:
+    if len(fishers) < len(counted) or len({fisher.shape for fisher in fishers}) > 1:
         raise SidecarMismatchError("the models' sidecars disagree about which mask nodes govern this tensor")
     return merge_rows(tensors, weights, fishers)
 
@@ -190,27 +191,34 @@ def _weight(entry: TensorEntry, given: float | None) -> float:
 def _fisher(
     sidecar: Sidecar, name: str, entry: TensorEntry, normalize: Normalize, unmasked: Unmasked
 ) -> Tensor | None:
-    """What the rows of one model's tensor are weighted by, ``[R]`` or ``[1]``; None for not at all."""
+    """What one model's tensor is weighted by, broadcast to its shape; None for not at all."""
     try:
         found = sidecar.identify(name, entry.tensor)
     except SidecarMismatchError as error:
         raise SidecarMismatchError(
             f"{entry.id}: {error}\n  Measure this checkpoint:  {_compute_command(entry.id)}"
         ) from error
-    if found is not None and found[1].rows != "mean":
+    if found is not None and found[1].layout != "mean":
         site, governed = found
-        return row_fisher(governed.rows, _normalized(sidecar, site, normalize), entry.tensor.shape[0])
+        plain = torch.ones(1, dtype=torch.float64)
+        if unmasked != "average" and site.kind == "attention":
+            plain = _site_mean(sidecar, site, normalize)
+        return row_fisher(site, governed, _normalized(sidecar, site, normalize), plain)
     if unmasked == "average":
         return None
     if found is not None:
-        return _site_mean(sidecar, found[0], normalize)
-    return _universal(sidecar, normalize) if unmasked == "universal" else None
+        return _broadcast(_site_mean(sidecar, found[0], normalize), entry.tensor)
+    return _broadcast(_universal(sidecar, normalize), entry.tensor) if unmasked == "universal" else None
 
 
 def _site_mean(sidecar: Sidecar, site: Site, normalize: Normalize) -> Tensor:
     """Mean Fisher information of a site's heads or neurons, ``[1]``."""
     node: Node = "neuron_fisher" if site.kind == "ffn" else "head_fisher"
-    return _normalized(sidecar, site, normalize)[node].mean(0, keepdim=True)
+    return _normalized(sidecar, site, normalize)[node].mean().reshape(1)
+
+
+def _broadcast(fisher: Tensor, tensor: Tensor) -> Tensor:
+    return fisher.reshape([1] * tensor.ndim)
 
 
 @lru_cache(maxsize=64)

@@ -30,7 +30,7 @@ from fisher_mask_mergekit.errors import (
     RecipeError,
     SidecarError,
 )
-from fisher_mask_mergekit.fisher import Batch, mask_fisher
+from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import (
     FORMAT_VERSION,
@@ -42,8 +42,9 @@ from fisher_mask_mergekit.sidecar import (
     read,
     write,
 )
-from fisher_mask_mergekit.sites import Site, find_sites
-from fisher_mask_mergekit.tasks import check_task
+from fisher_mask_mergekit.sites import Site, stack_of
+from fisher_mask_mergekit.skeleton import sites_of, skeleton
+from fisher_mask_mergekit.tasks import Batch, Task, task_of
 
 _LONGEST = 512
 """Tokens per sample at most, unless asked for more."""
@@ -56,6 +57,7 @@ class Job:
     Attributes:
         checkpoint: What to measure.
         config: Its transformers configuration.
+        task: What its loss is.
         sites: Its mask nodes.
         weights: Digest of its tensors.
         settings: The request.
@@ -67,6 +69,7 @@ class Job:
 
     checkpoint: Checkpoint
     config: Any
+    task: Task
     sites: tuple[Site, ...]
     weights: str
     settings: FisherSettings
@@ -127,7 +130,7 @@ def prepare(name: str, settings: FisherSettings, *, out: Path | None = None, for
     """
     checkpoint = locate(name)
     config = _transformers_config(checkpoint)
-    check_task(config, name)
+    task = task_of(config, name)
     shapes = tensor_shapes(checkpoint)
     sites = _find_sites(checkpoint, config, shapes)
     if out is not None and not may_replace(out):
@@ -143,7 +146,7 @@ def prepare(name: str, settings: FisherSettings, *, out: Path | None = None, for
     else:
         samples = Samples([], [], found.metadata.data)
     target = out or store.destination(checkpoint)
-    return Job(checkpoint, config, sites, weights, settings, samples, target, out is not None, found)
+    return Job(checkpoint, config, task, sites, weights, settings, samples, target, out is not None, found)
 
 
 def compute(
@@ -168,7 +171,11 @@ def compute(
         path = Path(job.served.source)
         return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
     checkpoint, settings, samples = job.checkpoint, job.settings, job.samples
+    shapes = tensor_shapes(checkpoint)
+    names = {tensor.name for site in job.sites for tensor in site.tensors}
+    on_disk = names & shapes.keys()
     model, tokenizer = _load(checkpoint, job.config, settings)
+    values = {name: probe(model.get_parameter(name)) for name in names - on_disk}
     batch_size, notes = _batching(checkpoint.name, tokenizer, settings)
     max_length = _max_length(model, tokenizer, settings)
     batches = token_batches(
@@ -186,6 +193,7 @@ def compute(
             model.to(device),
             batches,
             job.sites,
+            job.task,
             labels=settings.labels,
             estimator=settings.estimator,
             mask_placement=settings.mask_placement,
@@ -198,6 +206,7 @@ def compute(
         checkpoint=checkpoint.name,
         revision=checkpoint.revision,
         architecture=job.config.architectures[0],
+        task=job.task.name,
         weights=job.weights,
         settings=settings,
         data=samples.record,
@@ -216,10 +225,14 @@ def compute(
         }
         for site in job.sites
     }
-    names = [tensor.name for site in job.sites for tensor in site.tensors]
-    values = {tensor: probe(value) for tensor, value in read_tensors(checkpoint, names)}
+    values |= {tensor: probe(value) for tensor, value in read_tensors(checkpoint, on_disk)}
     sidecar = Sidecar(metadata, fisher, values, str(job.target))
     write(sidecar, job.target)
+    if measured.one_by_one and batch_size > 1:
+        notes.append(f"{checkpoint.name} does not keep a batch's samples apart: measured one sample at a time")
+    if measured.unreached:
+        stacks = sorted({stack_of(output) for output in measured.unreached})
+        notes.append(f"no sample ran through {', '.join(stacks)}: a merge averages it")
     return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, metadata, job.target)))
 
 
@@ -318,8 +331,12 @@ def _load(checkpoint: Checkpoint, config: Any, settings: FisherSettings) -> tupl
 def _find_sites(
     checkpoint: Checkpoint, config: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Site, ...]:
+    import transformers
+
+    with transformers_errors(checkpoint):
+        model = skeleton(getattr(transformers, config.architectures[0]), config)
     try:
-        sites = find_sites(shapes, getattr(config.get_text_config(), "num_attention_heads", 0))
+        sites = sites_of(model, shapes)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
     if not sites:

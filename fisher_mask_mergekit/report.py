@@ -72,7 +72,7 @@ def head_fisher_map(sidecars: Mapping[str, Sidecar], path: Path) -> None:
 def _layers(sidecar: Sidecar, kind: Kind, node: Node) -> dict[str, numpy.ndarray]:
     """Layer name to Fisher vector, in the checkpoint's order."""
     outputs = [site.output for site in sidecar.metadata.sites if site.kind == kind]
-    vectors = [sidecar.fisher[output][node].double().numpy() for output in outputs]
+    vectors = [sidecar.fisher[output][node].double().flatten().numpy() for output in outputs]
     return dict(zip(_layer_names(outputs), vectors, strict=True))
 
 

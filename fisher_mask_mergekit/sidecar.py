@@ -70,6 +70,7 @@ class Metadata(_Record):
         checkpoint: As the one who measured it named it.
         revision: The checkpoint's commit on the hub; None for a local folder.
         architecture: The checkpoint's class.
+        task: What the loss was, see :mod:`~fisher_mask_mergekit.tasks`.
         weights: SHA-256 over the values that :func:`probe` takes of every tensor of the checkpoint.
         settings: The request.
         data: The samples.
@@ -87,6 +88,7 @@ class Metadata(_Record):
     checkpoint: str = Field(min_length=1)
     revision: str | None
     architecture: str
+    task: str
     weights: str
     settings: FisherSettings
     data: DataRecord
@@ -123,7 +125,7 @@ class Sidecar:
 
     @cached_property
     def governed(self) -> dict[str, tuple[Site, GovernedTensor]]:
-        """Tensor name to its site and what governs its rows."""
+        """Tensor name, in the files or in the loaded model, to its site and what governs its rows."""
         return {tensor.name: (site, tensor) for site in self.metadata.sites for tensor in site.tensors}
 
     @cached_property
@@ -139,7 +141,7 @@ class Sidecar:
         vectors: dict[Node, list[Tensor]] = {}
         for site in self.fisher.values():
             for node, vector in site.items():
-                vectors.setdefault(node, []).append(vector)
+                vectors.setdefault(node, []).append(vector.flatten())
         return {node: float(torch.cat(found).double().mean()) for node, found in vectors.items()}
 
     def identify(self, name: str, tensor: Tensor) -> tuple[Site, GovernedTensor] | None:
@@ -311,7 +313,7 @@ def _read_metadata(content: bytes, path: Path) -> Metadata:
 
 def _assemble(metadata: Metadata, tensors: Mapping[str, Tensor], path: Path) -> Sidecar:
     expected: dict[str, tuple[int, ...]] = {
-        f"{site.output}.{node}": (length,) for site in metadata.sites for node, length in site.nodes().items()
+        f"{site.output}.{node}": shape for site in metadata.sites for node, shape in site.nodes().items()
     }
     names = [tensor.name for site in metadata.sites for tensor in site.tensors]
     expected["values"] = (len(names), VALUES_PER_TENSOR)
@@ -328,11 +330,4 @@ def _assemble(metadata: Metadata, tensors: Mapping[str, Tensor], path: Path) -> 
         site.output: {node: tensors[f"{site.output}.{node}"] for node in site.nodes()}
         for site in metadata.sites
     }
-    for site in metadata.sites:
-        for tensor in site.tensors:
-            rows = {"query": site.heads, "key": site.kv_heads, "neuron": site.neurons, "mean": 1}[tensor.rows]
-            if rows < 1 or tensor.shape[0] % rows or (tensor.rows == "neuron" and tensor.shape[0] != rows):
-                raise SidecarError(
-                    f"{path}: tensor '{tensor.name:.100}' has {tensor.shape[0]} rows for {rows} nodes"
-                )
     return Sidecar(metadata, fisher, dict(zip(names, tensors["values"], strict=True)), str(path))

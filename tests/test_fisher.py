@@ -94,7 +94,7 @@ def test_equals_the_definition(architecture: str, placement: Any) -> None:
     sites = tiny.sites_of(model)
     assert [site.kind for site in sites].count("attention") == 2
     assert [site.kind for site in sites].count("ffn") == 2
-    got = mask_fisher(model, tiny.batches(drawn, 3), sites, mask_placement=placement)
+    got = mask_fisher(model, tiny.batches(drawn, 3), sites, tiny.TASK, mask_placement=placement)
     assert_same(got, naive_fisher(model, drawn, sites, placement=placement))
     assert got.samples == len(drawn)
     own = [naive_gradients(model, ids, label, sites, placement)[1] for ids, label in drawn]
@@ -109,7 +109,9 @@ def test_a_module_that_runs_several_times_counts_every_run() -> None:
     whole = tiny.classifier("bert").double()
     chunked = tiny.classifier("bert", chunk_size_feed_forward=1).double()
     sites = tiny.sites_of(whole)
-    assert_same(mask_fisher(chunked, tiny.batches(drawn, 3), sites), naive_fisher(whole, drawn, sites))
+    assert_same(
+        mask_fisher(chunked, tiny.batches(drawn, 3), sites, tiny.TASK), naive_fisher(whole, drawn, sites)
+    )
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -117,7 +119,7 @@ def test_exact_labels_equal_the_expectation(architecture: str) -> None:
     model = tiny.classifier(architecture).double()
     drawn = tiny.samples()
     sites = tiny.sites_of(model)
-    got = mask_fisher(model, tiny.batches(drawn, 3), sites, labels="exact")
+    got = mask_fisher(model, tiny.batches(drawn, 3), sites, tiny.TASK, labels="exact")
     assert_same(got, naive_fisher(model, drawn, sites, labels="exact"))
 
 
@@ -126,23 +128,24 @@ def test_sampled_labels_are_the_models_and_no_batch_changes_them() -> None:
     sites = tiny.sites_of(model)
     ids = tiny.samples(1)[0][0]
     same = [(ids, 0)] * 400
-    sampled = mask_fisher(model, tiny.batches(same, 100), sites, labels="sampled")
-    exact = mask_fisher(model, tiny.batches(same[:1], 1), sites, labels="exact")
+    sampled = mask_fisher(model, tiny.batches(same, 100), sites, tiny.TASK, labels="sampled")
+    exact = mask_fisher(model, tiny.batches(same[:1], 1), sites, tiny.TASK, labels="exact")
     for key, value in exact.fisher.items():
         # One input drawn 400 times: the mean over draws nears the expectation, within Monte Carlo error.
         assert_close(sampled.fisher[key].sum(), value.sum(), rtol=0.25, atol=0)
     drawn = tiny.samples(9)
-    one = mask_fisher(model, tiny.batches(drawn, 9), sites, labels="sampled", seed=3)
+    one = mask_fisher(model, tiny.batches(drawn, 9), sites, tiny.TASK, labels="sampled", seed=3)
     backwards = list(reversed(range(9)))
     other = mask_fisher(
         model,
         tiny.batches([drawn[i] for i in backwards], 2, index=backwards),
         sites,
+        tiny.TASK,
         labels="sampled",
         seed=3,
     )
     assert_same(other, one.fisher)
-    third = mask_fisher(model, tiny.batches(drawn, 9), sites, labels="sampled", seed=4)
+    third = mask_fisher(model, tiny.batches(drawn, 9), sites, tiny.TASK, labels="sampled", seed=4)
     assert any(not torch.equal(third.fisher[key], value) for key, value in one.fisher.items())
 
 
@@ -151,14 +154,14 @@ def test_batch_size_order_padding_and_doubling_change_nothing(architecture: str)
     model = tiny.classifier(architecture).double()
     sites = tiny.sites_of(model)
     drawn = tiny.samples(8)
-    wanted = mask_fisher(model, tiny.batches(drawn, 1), sites).fisher
+    wanted = mask_fisher(model, tiny.batches(drawn, 1), sites, tiny.TASK).fisher
     for variant in (
         tiny.batches(drawn, 8),
         tiny.batches(drawn[::-1], 3),
         tiny.batches(drawn, 4, extra_padding=9),
         tiny.batches(drawn + drawn, 5),
     ):
-        assert_same(mask_fisher(model, variant, sites), wanted)
+        assert_same(mask_fisher(model, variant, sites, tiny.TASK), wanted)
 
 
 def test_batch_estimator_squares_the_gradient_of_each_batchs_mean_loss() -> None:
@@ -173,16 +176,16 @@ def test_batch_estimator_squares_the_gradient_of_each_batchs_mean_loss() -> None
         ]
         for key in each[0]:
             wanted[key] = wanted.get(key, 0) + torch.stack([one[key] for one in each]).mean(0) ** 2
-    assert_same(mask_fisher(model, tiny.batches(drawn, 4), sites, estimator="batch"), wanted)
+    assert_same(mask_fisher(model, tiny.batches(drawn, 4), sites, tiny.TASK, estimator="batch"), wanted)
 
 
 def test_float32_and_bfloat16_weights_agree_with_float64() -> None:
     drawn = tiny.samples()
     model = tiny.classifier("bert").double()
     sites = tiny.sites_of(model)
-    wanted = mask_fisher(model, tiny.batches(drawn, 3), sites).fisher
-    assert_same(mask_fisher(model.float(), tiny.batches(drawn, 3), sites), wanted, rtol=1e-4)
-    assert_same(mask_fisher(model.bfloat16(), tiny.batches(drawn, 3), sites), wanted, rtol=0.3)
+    wanted = mask_fisher(model, tiny.batches(drawn, 3), sites, tiny.TASK).fisher
+    assert_same(mask_fisher(model.float(), tiny.batches(drawn, 3), sites, tiny.TASK), wanted, rtol=1e-4)
+    assert_same(mask_fisher(model.bfloat16(), tiny.batches(drawn, 3), sites, tiny.TASK), wanted, rtol=0.3)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -193,7 +196,7 @@ def test_the_model_is_left_as_it_was() -> None:
     needs = [parameter.requires_grad for parameter in model.parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
-    mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model))
+    mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model), tiny.TASK)
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == needs
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
@@ -205,7 +208,10 @@ def test_dropout_is_off_while_measuring_even_in_train_mode() -> None:
     model = tiny.classifier("bert", hidden_dropout_prob=0.5).double()
     drawn = tiny.samples()
     sites = tiny.sites_of(model)
-    assert_same(mask_fisher(model.train(), tiny.batches(drawn, 3), sites), naive_fisher(model, drawn, sites))
+    assert_same(
+        mask_fisher(model.train(), tiny.batches(drawn, 3), sites, tiny.TASK),
+        naive_fisher(model, drawn, sites),
+    )
 
 
 class _Noise(nn.Module):
@@ -220,7 +226,7 @@ def test_a_random_layer_is_caught() -> None:
     with pytest.raises(
         MeasurementError, match="apart in a batch and by itself: the model has a random layer"
     ):
-        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)
 
 
 class _BatchMean(nn.Module):
@@ -233,13 +239,13 @@ def test_a_layer_that_mixes_samples_is_caught() -> None:
     model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _BatchMean())
     sites = tiny.sites_of(model)
     with pytest.raises(MeasurementError, match="or mixes samples"):
-        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)
 
 
 def test_no_sample_is_an_error() -> None:
     model = tiny.classifier("bert")
     with pytest.raises(MeasurementError, match="no sample"):
-        mask_fisher(model, [], tiny.sites_of(model))
+        mask_fisher(model, [], tiny.sites_of(model), tiny.TASK)
 
 
 def test_a_loss_that_is_not_a_number_is_an_error() -> None:
@@ -247,7 +253,7 @@ def test_a_loss_that_is_not_a_number_is_an_error() -> None:
     with torch.no_grad():
         model.classifier.bias[0] = torch.nan
     with pytest.raises(MeasurementError, match="the loss of sample 0 is nan"):
-        mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model))
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model), tiny.TASK)
 
 
 class _BadGradient(torch.autograd.Function):
@@ -277,12 +283,12 @@ def test_a_gradient_that_is_not_finite_names_layer_and_node() -> None:
     dense = model.bert.encoder.layer[1].output
     dense.dense = _BadGradientLayer(dense.dense)
     with pytest.raises(MeasurementError, match=r"encoder\.layer\.1\.output\.dense, neuron 17, is not finite"):
-        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)
 
 
 def test_key_value_masks_are_not_sums_of_head_fishers() -> None:
     model = tiny.classifier("llama").double()
-    got = mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model)).fisher
+    got = mask_fisher(model, tiny.batches(tiny.samples(), 3), tiny.sites_of(model), tiny.TASK).fisher
     for (output, node), value in got.items():
         if node == "kv_head_fisher":
             summed = got[output, "head_fisher"].unflatten(-1, (2, -1)).sum(-1)
@@ -296,4 +302,4 @@ def test_a_site_that_is_not_run_is_named() -> None:
     model.bert.encoder.layer.append(tiny.classifier("bert").bert.encoder.layer[0])
     model.bert.encoder.layer[1].forward = lambda hidden, *rest, **more: hidden
     with pytest.raises(MeasurementError, match=r"no gradient reached bert\.encoder\.layer\.1\.attention"):
-        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites)
+        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)

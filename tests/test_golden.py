@@ -36,14 +36,14 @@ def assert_golden(got: MaskFisher, golden: dict[str, torch.Tensor], suffix: str,
 @pytest.mark.parametrize("index", [0, 1])
 def test_squared_batch_gradients(index: int) -> None:
     model, drawn, golden = load(index)
-    got = mask_fisher(model, tiny.batches(drawn, 32), tiny.sites_of(model), estimator="batch")
+    got = mask_fisher(model, tiny.batches(drawn, 32), tiny.sites_of(model), tiny.TASK, estimator="batch")
     assert_golden(got, golden, "bs32", 1.0)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_squared_per_sample_gradients(index: int) -> None:
     model, drawn, golden = load(index)
-    got = mask_fisher(model, tiny.batches(drawn, 16), tiny.sites_of(model))
+    got = mask_fisher(model, tiny.batches(drawn, 16), tiny.sites_of(model), tiny.TASK)
     assert_golden(got, golden, "bs1", 1 / len(drawn))
 
 

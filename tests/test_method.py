@@ -50,11 +50,11 @@ def by_hand(inputs: Inputs, name: str, weights: list[float]) -> Tensor:
         value = state[name].double()
         fisher = torch.ones(value.shape[0]).double()
         site, governed = sidecar.governed.get(name, (None, None))
-        if site is not None and governed is not None and governed.rows != "mean":
+        if site is not None and governed is not None and governed.layout != "mean":
             vectors = sidecar.fisher[site.output]
-            if governed.rows == "query":
+            if governed.layout == "q":
                 fisher = vectors["head_fisher"].double().repeat_interleave(value.shape[0] // site.heads)
-            elif governed.rows == "key":
+            elif governed.layout == "k":
                 fisher = vectors["kv_head_fisher"].double().repeat_interleave(value.shape[0] // site.kv_heads)
             else:
                 fisher = vectors["neuron_fisher"].double()
@@ -161,7 +161,8 @@ def test_equal_fishers_give_the_mean_and_a_model_with_itself_gives_itself(tmp_pa
 
 def test_zero_everywhere_is_the_weighted_mean_and_zero_in_one_model_takes_the_other() -> None:
     one, two = torch.randn(4, 3), torch.randn(4, 3)
-    first, second = torch.tensor([0.0, 0.0, 1e-30, 1.0]), torch.tensor([0.0, 1e-30, 0.0, 1.0])
+    first = torch.tensor([0.0, 0.0, 1e-30, 1.0])[:, None]
+    second = torch.tensor([0.0, 1e-30, 0.0, 1.0])[:, None]
     got = merge_rows([one, two], [1.0, 3.0], [first, second])
     assert_close(got[0], 0.25 * one[0] + 0.75 * two[0])
     assert_close(got[1], two[1])

@@ -33,6 +33,7 @@ def metadata_for(sites: tuple[Site, ...], **changes: Any) -> Metadata:
         "format_version": 1,
         "checkpoint": "somebody/bert-sst2",
         "revision": "95f0f6f859b35c8ff0863ae3cd4e2dbc702c0ae2",
+        "task": "sequence-classification",
         "architecture": "BertForSequenceClassification",
         "weights": "00",
         "settings": FisherSettings(data="glue:sst2"),
@@ -176,16 +177,19 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
         "expected float32, got torch.float16",
     ),
     "a tensor twice": (lambda t, m: m["sites"].append(m["sites"][0]), "names a site or a tensor twice"),
-    "a site of two kinds": (lambda t, m: m["sites"][0].update(neurons=4), "an FFN site has neurons only"),
+    "a site of two kinds": (
+        lambda t, m: m["sites"][0].update(neurons=4),
+        "an FFN site, and no other, has neurons",
+    ),
     "heads that do not divide": (lambda t, m: m["sites"][0].update(kv_heads=3), "kv_heads must divide heads"),
     "rows of another kind": (
-        lambda t, m: m["sites"][0]["tensors"][0].update(rows="neuron"),
-        "rows that do not fit the kind of site",
+        lambda t, m: m["sites"][0]["tensors"][0].update(layout="n"),
+        "does not divide among",
     ),
     "a loss that is no number": (lambda t, m: m.update(loss=float("nan")), "field 'loss'"),
     "rows that do not divide": (
         lambda t, m: m["sites"][0]["tensors"][0].update(shape=[33, 32]),
-        "has 33 rows for 4 nodes",
+        "does not divide among the site's nodes",
     ),
 }
 

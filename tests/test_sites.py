@@ -41,8 +41,8 @@ def test_sites_and_governed_tensors(architecture: str) -> None:
     for site, output, rest in zip((attention, ffn), wanted, REST[kind], strict=True):
         assert site.output == layer + output
         assert list(site.inputs) == [layer + path for path in wanted[output]]
-        names = {tensor.name.rpartition(".")[0]: tensor.rows for tensor in site.tensors}
-        rows = ["query", "key"] if site is attention else ["neuron"] * len(site.inputs)
+        names = {tensor.name.rpartition(".")[0]: tensor.layout for tensor in site.tensors}
+        rows = ["q", "k"] if site is attention else ["n"] * len(site.inputs)
         assert names == dict(zip(site.inputs, rows, strict=True)) | {layer + path: "mean" for path in rest}
         there = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in names}
         assert {tensor.name for tensor in site.tensors} == there

@@ -20,8 +20,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from fisher_mask_mergekit.fisher import Batch
-from fisher_mask_mergekit.sites import Site, find_sites
+from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.skeleton import sites_of as sites_of_model
+from fisher_mask_mergekit.tasks import Batch, Task
 
 VOCABULARY = 64
 _ENCODER = {
@@ -49,6 +50,7 @@ CONFIGS: dict[str, Any] = {
     "mistral": (MistralConfig, _DECODER | {"head_dim": 12}),
 }  # fmt: skip
 ARCHITECTURES = tuple(CONFIGS)
+TASK = Task("sequence-classification")
 
 
 def config_of(architecture: str, labels: int = 3, **changes: Any) -> Any:
@@ -68,7 +70,7 @@ def classifier(architecture: str, labels: int = 3, seed: int = 0, **changes: Any
 
 def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return find_sites(shapes, model.config.get_text_config().num_attention_heads)
+    return sites_of_model(model, shapes)
 
 
 def samples(count: int = 7, labels: int = 3, seed: int = 0) -> list[tuple[Tensor, int]]:
