@@ -1,6 +1,6 @@
 """Decoders with a dense FFN, and the attention-free ones."""
 
-from tests.families.family import HIDDEN, NEURONS, PAD, VOCABULARY, Fails, Family, Loses
+from tests.families.family import HIDDEN, NEURONS, NOT_PRESENT, PAD, VOCABULARY, Fails, Family, Loses
 
 # A head is not hidden size / heads wide, wherever the family allows that.
 LLAMA = {
@@ -44,7 +44,14 @@ GPT_NEO = {
     "max_position_embeddings": 40, "window_size": 4, "attention_types": [[["global", "local"], 1]],
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-MPT = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 40}
+MPT = {
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "n_heads": 4,
+    "n_layers": 2,
+    "expansion_ratio": 2,
+    "max_seq_len": 40,
+}
 MINICPM3 = LLAMA | {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
     "v_head_dim": 10, "dim_model_base": 16,
@@ -59,7 +66,7 @@ MHA, MQA = (("", 4, 4),), (("", 4, 1),)
 DECODERS = (
     # With a file of mergekit's.
     Family("llama", "LlamaForCausalLM", WIDE, json="llama"),
-    Family("llama-biases", "LlamaForCausalLM", WIDE | BOTH_BIASES, json="llama"),
+    Family("llama-biases", "LlamaForCausalLM", WIDE | BOTH_BIASES, json="llama", merge=Loses(("_proj.bias",))),
     Family("llama-tied", "LlamaForCausalLM", WIDE | {"tie_word_embeddings": True}, json="llama"),
     Family("llama-sequence", "LlamaForSequenceClassification", WIDE, json="llama-sequence-classification"),
     Family("mistral", "MistralForCausalLM", WIDE, json="mistral"),
@@ -68,20 +75,20 @@ DECODERS = (
     Family("gemma3", "Gemma3ForCausalLM", GEMMA2, json="gemma3"),
     Family("granite", "GraniteForCausalLM", LLAMA, json="granite"),
     Family("granite-biases", "GraniteForCausalLM", LLAMA | BOTH_BIASES, json="granite"),
-    Family("cohere", "CohereForCausalLM", LLAMA, json="cohere"),
+    Family("cohere", "CohereForCausalLM", LLAMA, json="cohere", merge=Fails("RuntimeError", "_norm.weight required but not present")),
     Family("cohere-plus", "CohereForCausalLM", LLAMA | {"use_qk_norm": True}, json="cohere"),
     Family("cohere2", "Cohere2ForCausalLM", LLAMA | ALTERNATING, json="cohere2"),
     Family("olmo2", "Olmo2ForCausalLM", LLAMA, json="olmo2"),
     Family("qwen2", "Qwen2ForCausalLM", LLAMA, json="qwen2"),
     Family("qwen3", "Qwen3ForCausalLM", WIDE, json="qwen3"),
     Family("stablelm2", "StableLmForCausalLM", LLAMA, json="stablelm2"),
-    Family("stablelm2-12b", "StableLmForCausalLM", STABLELM_12B, json="stablelm2"),
+    Family("stablelm2-12b", "StableLmForCausalLM", STABLELM_12B, json="stablelm2", merge=Fails("RuntimeError", "post_attention_layernorm.")),
     Family("glm4", "Glm4ForCausalLM", WIDE, json="glm4"),
     Family("arcee", "ArceeForCausalLM", WIDE, json="arcee"),
     Family("apertus", "ApertusForCausalLM", LLAMA, json="apertus"),
     Family("starcoder2", "Starcoder2ForCausalLM", LLAMA, json="starcoder2"),
     Family("phi2", "PhiForCausalLM", LLAMA, json="phi2"),
-    Family("phi2-qk-norm", "PhiForCausalLM", LLAMA | {"qk_layernorm": True}, json="phi2"),
+    Family("phi2-qk-norm", "PhiForCausalLM", LLAMA | {"qk_layernorm": True}, json="phi2", merge=Loses(("_layernorm.",))),
     Family("phi3", "Phi3ForCausalLM", LLAMA, json="phi3"),
     Family("lfm2", "Lfm2ForCausalLM", LFM2, json="lfm2"),
     Family("lfm2-adjusted", "Lfm2ForCausalLM", LFM2_ADJUSTED, json="lfm2"),
@@ -89,11 +96,11 @@ DECODERS = (
     Family("gpt2-sequence", "GPT2ForSequenceClassification", GPT2, json="gpt2-sequence-classification", heads=MHA),
     Family("gptbigcode", "GPTBigCodeForCausalLM", GPT2, json="gptbigcode", heads=MQA),
     Family("gptbigcode-mha", "GPTBigCodeForCausalLM", GPT2 | {"multi_query": False}, json="gptbigcode", heads=MHA),
-    Family("gpt-neox", "GPTNeoXForCausalLM", LLAMA, json="gpt-neox", heads=MHA),
-    Family("falcon-7b", "FalconForCausalLM", FALCON, json="falcon", heads=MQA),
-    Family("falcon-40b", "FalconForCausalLM", FALCON_40B, json="falcon"),
+    Family("gpt-neox", "GPTNeoXForCausalLM", LLAMA, json="gpt-neox", heads=MHA, merge=NOT_PRESENT),
+    Family("falcon-7b", "FalconForCausalLM", FALCON, json="falcon", heads=MQA, merge=NOT_PRESENT),
+    Family("falcon-40b", "FalconForCausalLM", FALCON_40B, json="falcon", merge=Fails("RuntimeError", "Tensor lm_head.weight required but not present")),
     Family("falcon-40b-untied", "FalconForCausalLM", FALCON_40B | {"tie_word_embeddings": False}, json="falcon"),
-    Family("falcon-rw", "FalconForCausalLM", FALCON_RW, json="falcon", heads=MHA),
+    Family("falcon-rw", "FalconForCausalLM", FALCON_RW, json="falcon", heads=MHA, merge=NOT_PRESENT),
     Family("mamba", "MambaForCausalLM", MAMBA, json="mamba", sites=()),
     # Inferred.
     Family("mistral-sequence", "MistralForSequenceClassification", WIDE),

@@ -1,6 +1,6 @@
 """Encoders: BERT and everything built like it, and a few that are not."""
 
-from tests.families.family import HIDDEN, NEURONS, PAD, VOCABULARY, Fails, Family, Loses
+from tests.families.family import HIDDEN, NEURONS, NOT_PRESENT, PAD, VOCABULARY, Fails, Family, Loses
 
 BERT = {
     "vocab_size": VOCABULARY,
@@ -41,23 +41,23 @@ MHA = (("", 4, 4),)
 
 ENCODERS = (
     # With a file of mergekit's.
-    Family("bert", "BertModel", BERT, json="bert", heads=MHA),
-    Family("bert-masked-lm", "BertForMaskedLM", BERT, json="bert-masked-lm", heads=MHA),
+    Family("bert", "BertModel", BERT, json="bert", heads=MHA, merge=Fails("TypeError", "can only concatenate list")),
+    Family("bert-masked-lm", "BertForMaskedLM", BERT, json="bert-masked-lm", heads=MHA, merge=Fails("RuntimeError", "Tensor bert.pooler.dense.weight required but not present")),
     Family("bert-sequence", "BertForSequenceClassification", BERT, json="bert-sequence-classification", heads=MHA),
     Family("bert-token", "BertForTokenClassification", BERT, json="bert-sequence-classification", heads=MHA),
     Family("bert-choice", "BertForMultipleChoice", BERT, "choices", "bert-sequence-classification", MHA),
-    Family("roberta", "RobertaModel", BERT, json="roberta", heads=MHA),
+    Family("roberta", "RobertaModel", BERT, json="roberta", heads=MHA, merge=NOT_PRESENT),
     Family("roberta-masked-lm", "RobertaForMaskedLM", BERT, json="roberta-masked-lm", heads=MHA),
     Family("roberta-sequence", "RobertaForSequenceClassification", BERT, json="roberta-sequence-classification", heads=MHA),
     Family("roberta-token", "RobertaForTokenClassification", BERT, json="roberta-token-classification", heads=MHA),
-    Family("distilbert", "DistilBertModel", DISTILBERT, json="distilbert", heads=MHA),
+    Family("distilbert", "DistilBertModel", DISTILBERT, json="distilbert", heads=MHA, merge=NOT_PRESENT),
     Family("distilbert-masked-lm", "DistilBertForMaskedLM", DISTILBERT, json="distilbert-masked-lm", heads=MHA),
     Family("distilbert-sequence", "DistilBertForSequenceClassification", DISTILBERT, json="distilbert-sequence-classification", heads=MHA),
     Family("distilbert-token", "DistilBertForTokenClassification", DISTILBERT, json="distilbert-token-classification", heads=MHA),
     # Inferred.
     Family("bert-chunked", "BertForSequenceClassification", BERT | {"chunk_size_feed_forward": 4}, json="bert-sequence-classification", heads=MHA),
-    Family("bert-question", "BertForQuestionAnswering", BERT | {"num_labels": 2}, heads=MHA),
-    Family("roberta-question", "RobertaForQuestionAnswering", BERT | {"num_labels": 2}, heads=MHA),
+    Family("bert-question", "BertForQuestionAnswering", BERT | {"num_labels": 2}, heads=MHA, merge=Loses(("qa_outputs.",))),
+    Family("roberta-question", "RobertaForQuestionAnswering", BERT | {"num_labels": 2}, heads=MHA, merge=Loses(("qa_outputs.",))),
     Family("xlm-roberta", "XLMRobertaForSequenceClassification", BERT, heads=MHA),
     Family("camembert", "CamembertForSequenceClassification", BERT, heads=MHA),
     Family("electra", "ElectraForSequenceClassification", BERT | {"embedding_size": 16}, heads=MHA),
@@ -71,6 +71,6 @@ ENCODERS = (
     Family("deberta-v2", "DebertaV2ForSequenceClassification", DEBERTA, heads=MHA),
     Family("deberta-v3", "DebertaV2ForSequenceClassification", DEBERTA_V3, heads=MHA),
     Family("albert", "AlbertForSequenceClassification", BERT | {"embedding_size": 16}, heads=MHA),
-    Family("canine", "CanineForSequenceClassification", CANINE, heads=MHA),
+    Family("canine", "CanineForSequenceClassification", CANINE, heads=MHA, merge=Fails("NotImplementedError", "`get_input_embeddings` not auto")),
     Family("fnet", "FNetForSequenceClassification", FNET, "text without mask", sites=("ffn",)),
 )  # fmt: skip

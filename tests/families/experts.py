@@ -1,7 +1,7 @@
 """Decoders with a mixture of experts."""
 
 from tests.families.decoders import ALTERNATING, LLAMA, MHA, WIDE
-from tests.families.family import EXPERT_NEURONS, Fails, Family, Loses
+from tests.families.family import EXPERT_NEURONS, NO_EXPERTS, NOT_PRESENT, Family
 
 FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_NEURONS}
 # These have no dense layer, their experts are as wide as the configuration's FFN.
@@ -11,7 +11,11 @@ GLM4_MOE = WIDE | FOUR | {
     "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": True,
     "attention_bias": True, "num_mtp_layers": 0,
 }  # fmt: skip
-AFMOE = WIDE | FOUR | {"num_dense_layers": 1, "num_shared_experts": 1, "global_attn_every_n_layers": 2, "sliding_window": 4}
+AFMOE = (
+    WIDE
+    | FOUR
+    | {"num_dense_layers": 1, "num_shared_experts": 1, "global_attn_every_n_layers": 2, "sliding_window": 4}
+)
 GRANITE_HYBRID = LLAMA | LOCAL | {
     "layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 24, "mamba_n_heads": 8,
     "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8,
@@ -38,23 +42,23 @@ EXPERTS = (
     # With a file of mergekit's.
     Family("mixtral", "MixtralForCausalLM", WIDE | LOCAL, json="mixtral"),
     Family("qwen3-moe", "Qwen3MoeForCausalLM", WIDE | FOUR, json="qwen3_moe"),
-    Family("qwen3-moe-dense-first", "Qwen3MoeForCausalLM", WIDE | FOUR | {"mlp_only_layers": [0]}, json="qwen3_moe"),
+    Family("qwen3-moe-dense-first", "Qwen3MoeForCausalLM", WIDE | FOUR | {"mlp_only_layers": [0]}, json="qwen3_moe", merge=NOT_PRESENT),
     Family("glm4-moe", "Glm4MoeForCausalLM", GLM4_MOE, json="glm4moe"),
     Family("afmoe", "AfmoeForCausalLM", AFMOE, json="afmoe_partial"),
     Family("granite-hybrid", "GraniteMoeHybridForCausalLM", GRANITE_HYBRID, json="granite4moehybrid"),
-    Family("granite-hybrid-dense", "GraniteMoeHybridForCausalLM", GRANITE_HYBRID | {"num_local_experts": 0}, json="granite4moehybrid"),
+    Family("granite-hybrid-dense", "GraniteMoeHybridForCausalLM", GRANITE_HYBRID | {"num_local_experts": 0}, json="granite4moehybrid", merge=NOT_PRESENT),
     # Inferred.
     Family("qwen2-moe", "Qwen2MoeForCausalLM", LLAMA | SHARED),
-    Family("qwen2-moe-dense-first", "Qwen2MoeForCausalLM", LLAMA | SHARED | {"mlp_only_layers": [0]}),
+    Family("qwen2-moe-dense-first", "Qwen2MoeForCausalLM", LLAMA | SHARED | {"mlp_only_layers": [0]}, merge=NO_EXPERTS),
     Family("olmoe", "OlmoeForCausalLM", LLAMA | FOUR | {"intermediate_size": EXPERT_NEURONS}),
     Family("phimoe", "PhimoeForCausalLM", LLAMA | LOCAL),
     Family("qwen3-next", "Qwen3NextForCausalLM", QWEN3_NEXT),
     Family("deepseek-v2", "DeepseekV2ForCausalLM", MLA, heads=MHA),
-    Family("deepseek-v2-lite", "DeepseekV2ForCausalLM", MLA | DENSE_FIRST | {"q_lora_rank": None}, heads=MHA),
+    Family("deepseek-v2-lite", "DeepseekV2ForCausalLM", MLA | DENSE_FIRST | {"q_lora_rank": None}, heads=MHA, merge=NO_EXPERTS),
     Family("deepseek-v3", "DeepseekV3ForCausalLM", DEEPSEEK_V3, heads=MHA),
-    Family("deepseek-v3-dense-first", "DeepseekV3ForCausalLM", DEEPSEEK_V3 | DENSE_FIRST, heads=MHA),
-    Family("deepseek-v3-moonlight", "DeepseekV3ForCausalLM", DEEPSEEK_V3 | DENSE_FIRST | {"q_lora_rank": None}, heads=MHA),
-    Family("jamba", "JambaForCausalLM", JAMBA),
+    Family("deepseek-v3-dense-first", "DeepseekV3ForCausalLM", DEEPSEEK_V3 | DENSE_FIRST, heads=MHA, merge=NO_EXPERTS),
+    Family("deepseek-v3-moonlight", "DeepseekV3ForCausalLM", DEEPSEEK_V3 | DENSE_FIRST | {"q_lora_rank": None}, heads=MHA, merge=NO_EXPERTS),
+    Family("jamba", "JambaForCausalLM", JAMBA, merge=NO_EXPERTS),
     Family("jamba-experts-everywhere", "JambaForCausalLM", JAMBA_ALL),
     Family("gpt-oss", "GptOssForCausalLM", WIDE | LOCAL | ALTERNATING),
 )  # fmt: skip

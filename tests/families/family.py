@@ -36,6 +36,12 @@ class Loses:
     parts: tuple[str, ...]
 
 
+# What mergekit's file lists and the checkpoint lacks; which one it names first differs from run to run.
+NOT_PRESENT = Fails("RuntimeError", "required but not present")
+# With a dense layer before them, mergekit drops the experts without a word.
+NO_EXPERTS = Loses((".experts.gate_up_proj", ".experts.down_proj"))
+
+
 @dataclass(frozen=True)
 class Family:
     """A tiny model of one architecture.
@@ -70,7 +76,7 @@ def build(family: Family, seed: int = 0) -> PreTrainedModel:
     kind = getattr(transformers, family.cls)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = kind(kind.config_class(**copy.deepcopy(dict(family.config)))).to(torch.float32)
+        model = kind(kind.config_class(**copy.deepcopy(dict(family.config))))
     return _moved(model.eval(), seed, 0.1)
 
 

@@ -3,7 +3,6 @@
 from tests.families.decoders import ALTERNATING, LLAMA, MHA, WIDE
 from tests.families.experts import FOUR, LOCAL
 from tests.families.family import (
-    EXPERT_NEURONS,
     HIDDEN,
     IMAGE,
     IMAGE_END,
@@ -39,8 +38,20 @@ TOWER = {
     "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 16,
     "patch_size": 4, "num_channels": 3,
 }  # fmt: skip
-QWEN_TOWER = {"depth": 2, "num_heads": 3, "in_channels": 3, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": IMAGE_START, "vision_end_token_id": IMAGE_END}
+QWEN_TOWER = {
+    "depth": 2,
+    "num_heads": 3,
+    "in_channels": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": IMAGE_START,
+    "vision_end_token_id": IMAGE_END,
+}
 GEMMA3 = {
     "text_config": WIDE | ALTERNATING | {"query_pre_attn_scalar": 12}, "vision_config": TOWER,
     "mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": IMAGE_START, "eoi_token_index": IMAGE_END,
@@ -71,27 +82,33 @@ QWEN3_TOWER = QWEN_TOWER | {
     "depth": 3, "hidden_size": 24, "intermediate_size": 44, "out_hidden_size": HIDDEN, "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0, 1, 2],
 }  # fmt: skip
-QWEN3_VL = QWEN_IDS | {"text_config": WIDE | MROPE_WIDE | {"num_hidden_layers": 3}, "vision_config": QWEN3_TOWER}
-QWEN3_VL_MOE = QWEN_IDS | {"text_config": WIDE | FOUR | MROPE_WIDE | {"num_hidden_layers": 3}, "vision_config": QWEN3_TOWER}
+QWEN3_VL = QWEN_IDS | {
+    "text_config": WIDE | MROPE_WIDE | {"num_hidden_layers": 3},
+    "vision_config": QWEN3_TOWER,
+}
+QWEN3_VL_MOE = QWEN_IDS | {
+    "text_config": WIDE | FOUR | MROPE_WIDE | {"num_hidden_layers": 3},
+    "vision_config": QWEN3_TOWER,
+}
 VISION, VISUAL = (("vision", 3, 3), ("", 4, 2)), (("visual", 3, 3), ("", 4, 2))
 
 ENCODER_DECODERS = (
-    Family("t5-v1.0", "T5ForConditionalGeneration", T5, "seq2seq", "t5", MHA),
+    Family("t5-v1.0", "T5ForConditionalGeneration", T5, "seq2seq", "t5", MHA, merge=Fails("RuntimeError", "DenseReluDense.wi_")),
     Family("t5-v1.1", "T5ForConditionalGeneration", T5 | GATED, "seq2seq", "t5", MHA),
-    Family("whisper", "WhisperForConditionalGeneration", WHISPER, "audio", "whisper", ENCODER_DECODER),
+    Family("whisper", "WhisperForConditionalGeneration", WHISPER, "audio", "whisper", ENCODER_DECODER, merge=Fails("RuntimeError", "Tensor model.decoder")),
     # Inferred.
     Family("mt5", "MT5ForConditionalGeneration", T5 | GATED, "seq2seq", heads=MHA),
     Family("t5-encoder", "T5EncoderModel", T5 | GATED, heads=MHA),
     Family("bart", "BartForConditionalGeneration", BART, "seq2seq", heads=ENCODER_DECODER),
 )  # fmt: skip
 TOWERS = (
-    Family("gemma3-vl", "Gemma3ForConditionalGeneration", GEMMA3, "text and pixels", "gemma3vl", VISION),
+    Family("gemma3-vl", "Gemma3ForConditionalGeneration", GEMMA3, "text and pixels", "gemma3vl", VISION, merge=Fails("RuntimeError", "Tensor vision_tower.vision_model.")),
     Family("mistral3", "Mistral3ForConditionalGeneration", MISTRAL3, "text and sized pixels", "mistral3", VISION),
     Family("llama4", "Llama4ForConditionalGeneration", LLAMA4, "text and pixels", "llama4", VISION),
-    Family("qwen2-vl", "Qwen2VLForConditionalGeneration", QWEN2_VL, "text and patches", "qwen2_vl", VISUAL),
+    Family("qwen2-vl", "Qwen2VLForConditionalGeneration", QWEN2_VL, "text and patches", "qwen2_vl", VISUAL, merge=Fails("RuntimeError", "has no attribute num_hidden_layers")),
     Family("qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration", QWEN25_VL, "text and patches", "qwen2_5_vl", VISUAL),
     Family("qwen3-vl", "Qwen3VLForConditionalGeneration", QWEN3_VL, "text and patches", "qwen3_vl_dense", VISUAL),
     Family("qwen3-vl-moe", "Qwen3VLMoeForConditionalGeneration", QWEN3_VL_MOE, "text and patches", "qwen3_vl", VISUAL),
     # Inferred. It reads text only, but has the tower's weights.
-    Family("gemma3-sequence", "Gemma3ForSequenceClassification", GEMMA3 | {"num_labels": 3}, heads=VISION),
+    Family("gemma3-sequence", "Gemma3ForSequenceClassification", GEMMA3 | {"num_labels": 3}, heads=VISION, merge=Loses(("model.language_model.",))),
 )  # fmt: skip
