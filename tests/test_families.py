@@ -43,6 +43,13 @@ def test_family_runs_and_reloads(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_sample_is_the_same_in_every_batch(family: Family) -> None:
+    together, first, second = inputs(family), inputs(family, 1), inputs(family, 1, first=1)
+    for name, values in together.items():
+        torch.testing.assert_close(values, torch.cat([first[name], second[name]]))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_every_parameter_is_perturbed(family: Family) -> None:
     # What is zero or one throughout counts for nothing, or hides that it counts.
     still = [

@@ -88,7 +88,7 @@ DECODERS = (
     Family("apertus", "ApertusForCausalLM", LLAMA, json="apertus"),
     Family("starcoder2", "Starcoder2ForCausalLM", LLAMA, json="starcoder2"),
     Family("phi2", "PhiForCausalLM", LLAMA, json="phi2"),
-    Family("phi2-qk-norm", "PhiForCausalLM", LLAMA | {"qk_layernorm": True}, json="phi2", merge=Loses(("_layernorm.",))),
+    Family("phi2-qk-norm", "PhiForCausalLM", LLAMA | {"qk_layernorm": True}, json="phi2", merge=Loses((".q_layernorm.", ".k_layernorm."))),
     Family("phi3", "Phi3ForCausalLM", LLAMA, json="phi3"),
     Family("lfm2", "Lfm2ForCausalLM", LFM2, json="lfm2"),
     Family("lfm2-adjusted", "Lfm2ForCausalLM", LFM2_ADJUSTED, json="lfm2"),

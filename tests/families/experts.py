@@ -9,7 +9,7 @@ LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 
 SHARED = FOUR | {"shared_expert_intermediate_size": 24}
 GLM4_MOE = WIDE | FOUR | {
     "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "use_qk_norm": True,
-    "attention_bias": True, "num_mtp_layers": 0,
+    "attention_bias": True,
 }  # fmt: skip
 AFMOE = (
     WIDE
@@ -29,7 +29,7 @@ MLA = LLAMA | {
     "v_head_dim": 10, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_NEURONS,
     "n_shared_experts": 1, "first_k_dense_replace": 0,
 }  # fmt: skip
-DEEPSEEK_V3 = MLA | {"n_group": 2, "topk_group": 1, "num_mtp_layers": 0}
+DEEPSEEK_V3 = MLA | {"n_group": 2, "topk_group": 1}
 DENSE_FIRST = {"first_k_dense_replace": 1}
 JAMBA = LLAMA | {
     "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,

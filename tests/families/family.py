@@ -94,10 +94,13 @@ def siblings(family: Family, folder: Path, seeds: tuple[int, ...] = (1, 2)) -> l
     return paths
 
 
-def inputs(family: Family, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs; sample n is the same whatever the batch, but for the padding."""
-    generator = torch.Generator().manual_seed(seed)
-    return KINDS[family.inputs](family, batch, generator)
+def inputs(family: Family, batch: int = 2, seed: int = 0, first: int = 0) -> dict[str, Tensor]:
+    """Samples ``first`` to ``first + batch`` of the seed's; a sample is the same in whatever batch it comes."""
+    made = [
+        KINDS[family.inputs](family, index, torch.Generator().manual_seed(1000 * seed + index))
+        for index in range(first, first + batch)
+    ]
+    return {name: torch.cat([sample[name] for sample in made]) for name in made[0]}
 
 
 def _moved(model: PreTrainedModel, seed: int, by: float) -> PreTrainedModel:
@@ -111,66 +114,61 @@ def _moved(model: PreTrainedModel, seed: int, by: float) -> PreTrainedModel:
     return model
 
 
-def _sentences(count: int, generator: torch.Generator, width: int = 12) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and their mask; lengths run from 3 to ``width``, the first sample has them all."""
-    ids = torch.full((count, width), PAD)
-    for row in range(count):
-        length = width if row == 0 else int(torch.randint(3, width + 1, (), generator=generator))
-        ids[row, :length] = torch.randint(5, TEXT_END, (length,), generator=generator)
-    return ids, (ids != PAD).long()
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(5, TEXT_END, (1, count), generator=generator)
 
 
-def _text(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    ids, mask = _sentences(batch, generator)
-    return {"input_ids": ids, "attention_mask": mask}
+def _text(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Padded on the right; the first sample is not."""
+    ids = _words(12, generator)
+    if index:
+        ids[:, int(torch.randint(3, 13, (), generator=generator)) :] = PAD
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
-def _unmasked(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(5, TEXT_END, (batch, 12), generator=generator)}
+def _unmasked(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"input_ids": _words(12, generator)}
 
 
-def _choices(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    ids, mask = _sentences(batch * 3, generator)
-    return {"input_ids": ids.unflatten(0, (batch, 3)), "attention_mask": mask.unflatten(0, (batch, 3))}
+def _choices(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    drawn = [_text(family, index + choice, generator) for choice in range(3)]
+    return {name: torch.stack([choice[name] for choice in drawn], 1) for name in drawn[0]}
 
 
-def _seq2seq(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    target = torch.randint(5, TEXT_END, (batch, 7), generator=generator)
-    return _text(family, batch, generator) | {"decoder_input_ids": target}
+def _seq2seq(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return _text(family, index, generator) | {"decoder_input_ids": _words(7, generator)}
 
 
-def _audio(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _audio(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
     bins, frames = family.config["num_mel_bins"], 2 * family.config["max_source_positions"]
-    return {
-        "input_features": torch.randn(batch, bins, frames, generator=generator),
-        "decoder_input_ids": torch.randint(5, TEXT_END, (batch, 7), generator=generator),
-    }
+    sound = torch.randn(1, bins, frames, generator=generator)
+    return {"input_features": sound, "decoder_input_ids": _words(7, generator)}
 
 
-def _with_image(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _with_image(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Text around the four tokens that stand for an image."""
-    ids = torch.randint(5, TEXT_END, (batch, 12), generator=generator)
+    ids = _words(12, generator)
     ids[:, 2], ids[:, 3:7], ids[:, 7] = IMAGE_START, IMAGE, IMAGE_END
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _pixels(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return _with_image(family, batch, generator) | {
-        "pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)
+def _pixels(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return _with_image(family, index, generator) | {
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=generator)
     }
 
 
-def _sized_pixels(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return _pixels(family, batch, generator) | {"image_sizes": torch.tensor([[16, 16]] * batch)}
+def _sized_pixels(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return _pixels(family, index, generator) | {"image_sizes": torch.tensor([[16, 16]])}
 
 
-def _patches(family: Family, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Images cut into 4 x 4 patches of 2 frames x 3 colours x 4 x 4 pixels, without a batch axis."""
-    text = _with_image(family, batch, generator)
+def _patches(family: Family, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """An image cut into 4 x 4 patches of 2 frames x 3 colours x 4 x 4 pixels, without a batch axis."""
+    text = _with_image(family, index, generator)
     return text | {
         "mm_token_type_ids": (text["input_ids"] == IMAGE).long(),
-        "pixel_values": torch.randn(batch * 16, 96, generator=generator),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * batch),
+        "pixel_values": torch.randn(16, 96, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
     }
 
 
