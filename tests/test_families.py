@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.families import FAMILIES, REMOTE, Family, build, inputs
+from tests.families.perturbation import changed, heard
 
+BY_NAME = {family.name: family for family in FAMILIES}
 ARCHITECTURES = files("mergekit") / "_data" / "architectures"
 NAMES = [
     entry.name.removesuffix(".json") for entry in ARCHITECTURES.iterdir() if entry.name.endswith(".json")
@@ -89,3 +91,32 @@ def test_remote_output_projections_exist(remote: Any) -> None:
     axis = 0 if remote.conv1d else 1
     assert remote.tensors[attention][axis] % remote.heads[0] == 0
     assert remote.tensors[ffn][axis] == remote.neurons
+
+
+def test_moved_query_rows_change_their_head_only() -> None:
+    model, batch = build(BY_NAME["llama"]), inputs(BY_NAME["llama"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention = "model.layers.1.self_attn"
+    moved = changed(model, batch, f"{attention}.o_proj", f"{attention}.q_proj.weight", range(12, 24))
+    assert moved.nonzero().flatten().tolist() == list(range(12, 24))
+    # Two query heads share a key.
+    moved = changed(model, batch, f"{attention}.o_proj", f"{attention}.k_proj.weight", range(12, 24))
+    assert moved.nonzero().flatten().tolist() == list(range(24, 48))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_moved_columns_of_a_conv1d_change_their_neuron_only() -> None:
+    model, batch = build(BY_NAME["gpt2"]), inputs(BY_NAME["gpt2"])
+    moved = changed(
+        model, batch, "transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc.weight", [7], axis=1
+    )
+    assert moved.nonzero().flatten().tolist() == [7]
+
+
+def test_rows_of_a_muted_expert_neuron_go_unheard() -> None:
+    model, batch = build(BY_NAME["mixtral"]), inputs(BY_NAME["mixtral"], 4)
+    gate_up, down = (f"model.layers.0.mlp.experts.{kind}_proj" for kind in ("gate_up", "down"))
+    for row in (5, 45):
+        assert not heard(model, batch, gate_up, (2, row), down, (2, slice(None), 5))
+        assert heard(model, batch, gate_up, (2, row), down, (2, slice(None), 6))

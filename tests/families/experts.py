@@ -50,7 +50,7 @@ EXPERTS = (
     # Inferred.
     Family("qwen2-moe", "Qwen2MoeForCausalLM", LLAMA | SHARED),
     Family("qwen2-moe-dense-first", "Qwen2MoeForCausalLM", LLAMA | SHARED | {"mlp_only_layers": [0]}, merge=NO_EXPERTS),
-    Family("olmoe", "OlmoeForCausalLM", LLAMA | FOUR | {"intermediate_size": EXPERT_NEURONS}),
+    Family("olmoe", "OlmoeForCausalLM", LLAMA | FOUR | {"intermediate_size": EXPERT_NEURONS}, coupled=True),
     Family("phimoe", "PhimoeForCausalLM", LLAMA | LOCAL),
     Family("qwen3-next", "Qwen3NextForCausalLM", QWEN3_NEXT),
     Family("deepseek-v2", "DeepseekV2ForCausalLM", MLA, heads=MHA),

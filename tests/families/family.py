@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Family:
         heads: Query and key-value heads; ``(part, H, K)``, for modules whose path has that part, the
             first that fits.
         sites: Kinds of site that a mask can be put on: ``attention``, ``ffn``.
+        coupled: A norm over all heads at once couples them: rows of one head move the others a little.
         merge: What plain mergekit does with two of them: ``ok``, :class:`Fails` or :class:`Loses`.
     """
 
@@ -65,7 +66,8 @@ class Family:
     json: str = ""
     heads: tuple[tuple[str, int, int], ...] = (("", 4, 2),)
     sites: tuple[str, ...] = ("attention", "ffn")
-    merge: str | Fails | Loses = field(default="ok")
+    coupled: bool = False
+    merge: str | Fails | Loses = "ok"
 
     def __str__(self) -> str:
         return self.name

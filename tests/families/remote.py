@@ -1,7 +1,7 @@
 """Architectures that mergekit knows, but whose code is not in transformers: the tensors they would have."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
@@ -32,6 +32,7 @@ class Remote:
         conv1d: Weights are stored ``[in, out]``.
         interleaved: Gate and up row of a neuron follow one another in one tensor.
         first: Number of the first layer.
+        neurons: Width of the FFN.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Remote:
     conv1d: bool = False
     interleaved: bool = False
     first: int = 0
-    neurons: int = field(default=_I)
+    neurons: int = _I
 
     def __str__(self) -> str:
         return self.name
