@@ -1,6 +1,6 @@
 """Decoders with a dense FFN, and the attention-free ones."""
 
-from tests.families.family import HIDDEN, NEURONS, NOT_PRESENT, PAD, VOCABULARY, Fails, Family, Loses
+from tests.families.family import HIDDEN, NEURONS, PAD, VOCABULARY, Family, Loses, requires
 
 # A head is not hidden size / heads wide, wherever the family allows that.
 LLAMA = {
@@ -75,14 +75,14 @@ DECODERS = (
     Family("gemma3", "Gemma3ForCausalLM", GEMMA2, json="gemma3"),
     Family("granite", "GraniteForCausalLM", LLAMA, json="granite"),
     Family("granite-biases", "GraniteForCausalLM", LLAMA | BOTH_BIASES, json="granite"),
-    Family("cohere", "CohereForCausalLM", LLAMA, json="cohere", merge=Fails("RuntimeError", "_norm.weight required but not present")),
+    Family("cohere", "CohereForCausalLM", LLAMA, json="cohere", merge=requires("model.layers.0.self_attn.q_norm.weight")),
     Family("cohere-plus", "CohereForCausalLM", LLAMA | {"use_qk_norm": True}, json="cohere"),
     Family("cohere2", "Cohere2ForCausalLM", LLAMA | ALTERNATING, json="cohere2"),
     Family("olmo2", "Olmo2ForCausalLM", LLAMA, json="olmo2", coupled=True),
     Family("qwen2", "Qwen2ForCausalLM", LLAMA, json="qwen2"),
     Family("qwen3", "Qwen3ForCausalLM", WIDE, json="qwen3"),
     Family("stablelm2", "StableLmForCausalLM", LLAMA, json="stablelm2"),
-    Family("stablelm2-12b", "StableLmForCausalLM", STABLELM_12B, json="stablelm2", merge=Fails("RuntimeError", "post_attention_layernorm.")),
+    Family("stablelm2-12b", "StableLmForCausalLM", STABLELM_12B, json="stablelm2", merge=requires("model.layers.0.post_attention_layernorm.weight")),
     Family("glm4", "Glm4ForCausalLM", WIDE, json="glm4"),
     Family("arcee", "ArceeForCausalLM", WIDE, json="arcee"),
     Family("apertus", "ApertusForCausalLM", LLAMA, json="apertus"),
@@ -96,11 +96,11 @@ DECODERS = (
     Family("gpt2-sequence", "GPT2ForSequenceClassification", GPT2, json="gpt2-sequence-classification", heads=MHA),
     Family("gptbigcode", "GPTBigCodeForCausalLM", GPT2, json="gptbigcode", heads=MQA),
     Family("gptbigcode-mha", "GPTBigCodeForCausalLM", GPT2 | {"multi_query": False}, json="gptbigcode", heads=MHA),
-    Family("gpt-neox", "GPTNeoXForCausalLM", LLAMA, json="gpt-neox", heads=MHA, merge=NOT_PRESENT),
-    Family("falcon-7b", "FalconForCausalLM", FALCON, json="falcon", heads=MQA, merge=NOT_PRESENT),
-    Family("falcon-40b", "FalconForCausalLM", FALCON_40B, json="falcon", merge=Fails("RuntimeError", "Tensor lm_head.weight required but not present")),
+    Family("gpt-neox", "GPTNeoXForCausalLM", LLAMA, json="gpt-neox", heads=MHA, merge=requires("gpt_neox.layers.0.attention.bias")),
+    Family("falcon-7b", "FalconForCausalLM", FALCON, json="falcon", heads=MQA, merge=requires("transformer.h.0.ln_attn.bias")),
+    Family("falcon-40b", "FalconForCausalLM", FALCON_40B, json="falcon", merge=requires("lm_head.weight")),
     Family("falcon-40b-untied", "FalconForCausalLM", FALCON_40B | {"tie_word_embeddings": False}, json="falcon"),
-    Family("falcon-rw", "FalconForCausalLM", FALCON_RW, json="falcon", heads=MHA, merge=NOT_PRESENT),
+    Family("falcon-rw", "FalconForCausalLM", FALCON_RW, json="falcon", heads=MHA, merge=requires("transformer.h.0.ln_attn.bias")),
     Family("mamba", "MambaForCausalLM", MAMBA, json="mamba", sites=()),
     # Inferred.
     Family("mistral-sequence", "MistralForSequenceClassification", WIDE),

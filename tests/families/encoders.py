@@ -1,6 +1,6 @@
 """Encoders: BERT and everything built like it, and a few that are not."""
 
-from tests.families.family import HIDDEN, NEURONS, NOT_PRESENT, PAD, VOCABULARY, Fails, Family, Loses
+from tests.families.family import HIDDEN, NEURONS, PAD, VOCABULARY, Fails, Family, Loses, requires
 
 BERT = {
     "vocab_size": VOCABULARY,
@@ -42,15 +42,15 @@ MHA = (("", 4, 4),)
 ENCODERS = (
     # With a file of mergekit's.
     Family("bert", "BertModel", BERT, json="bert", heads=MHA, merge=Fails("TypeError", "can only concatenate list")),
-    Family("bert-masked-lm", "BertForMaskedLM", BERT, json="bert-masked-lm", heads=MHA, merge=Fails("RuntimeError", "Tensor bert.pooler.dense.weight required but not present")),
+    Family("bert-masked-lm", "BertForMaskedLM", BERT, json="bert-masked-lm", heads=MHA, merge=requires("bert.pooler.dense.weight")),
     Family("bert-sequence", "BertForSequenceClassification", BERT, json="bert-sequence-classification", heads=MHA),
     Family("bert-token", "BertForTokenClassification", BERT, json="bert-sequence-classification", heads=MHA),
     Family("bert-choice", "BertForMultipleChoice", BERT, "choices", "bert-sequence-classification", MHA),
-    Family("roberta", "RobertaModel", BERT, json="roberta", heads=MHA, merge=NOT_PRESENT),
+    Family("roberta", "RobertaModel", BERT, json="roberta", heads=MHA, merge=requires("roberta.embeddings.position_embeddings.weight")),
     Family("roberta-masked-lm", "RobertaForMaskedLM", BERT, json="roberta-masked-lm", heads=MHA),
     Family("roberta-sequence", "RobertaForSequenceClassification", BERT, json="roberta-sequence-classification", heads=MHA),
     Family("roberta-token", "RobertaForTokenClassification", BERT, json="roberta-token-classification", heads=MHA),
-    Family("distilbert", "DistilBertModel", DISTILBERT, json="distilbert", heads=MHA, merge=NOT_PRESENT),
+    Family("distilbert", "DistilBertModel", DISTILBERT, json="distilbert", heads=MHA, merge=requires("distilbert.embeddings.position_embeddings.weight")),
     Family("distilbert-masked-lm", "DistilBertForMaskedLM", DISTILBERT, json="distilbert-masked-lm", heads=MHA),
     Family("distilbert-sequence", "DistilBertForSequenceClassification", DISTILBERT, json="distilbert-sequence-classification", heads=MHA),
     Family("distilbert-token", "DistilBertForTokenClassification", DISTILBERT, json="distilbert-token-classification", heads=MHA),

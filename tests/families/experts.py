@@ -1,7 +1,7 @@
 """Decoders with a mixture of experts."""
 
 from tests.families.decoders import ALTERNATING, LLAMA, MHA, WIDE
-from tests.families.family import EXPERT_NEURONS, NO_EXPERTS, NOT_PRESENT, Family
+from tests.families.family import EXPERT_NEURONS, NO_EXPERTS, Family, requires
 
 FOUR = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_NEURONS}
 # These have no dense layer, their experts are as wide as the configuration's FFN.
@@ -42,11 +42,11 @@ EXPERTS = (
     # With a file of mergekit's.
     Family("mixtral", "MixtralForCausalLM", WIDE | LOCAL, json="mixtral"),
     Family("qwen3-moe", "Qwen3MoeForCausalLM", WIDE | FOUR, json="qwen3_moe"),
-    Family("qwen3-moe-dense-first", "Qwen3MoeForCausalLM", WIDE | FOUR | {"mlp_only_layers": [0]}, json="qwen3_moe", merge=NOT_PRESENT),
+    Family("qwen3-moe-dense-first", "Qwen3MoeForCausalLM", WIDE | FOUR | {"mlp_only_layers": [0]}, json="qwen3_moe", merge=requires("model.layers.0.mlp.experts.down_proj")),
     Family("glm4-moe", "Glm4MoeForCausalLM", GLM4_MOE, json="glm4moe"),
     Family("afmoe", "AfmoeForCausalLM", AFMOE, json="afmoe_partial"),
     Family("granite-hybrid", "GraniteMoeHybridForCausalLM", GRANITE_HYBRID, json="granite4moehybrid"),
-    Family("granite-hybrid-dense", "GraniteMoeHybridForCausalLM", GRANITE_HYBRID | {"num_local_experts": 0}, json="granite4moehybrid", merge=NOT_PRESENT),
+    Family("granite-hybrid-dense", "GraniteMoeHybridForCausalLM", GRANITE_HYBRID | {"num_local_experts": 0}, json="granite4moehybrid", merge=requires("model.layers.0.block_sparse_moe.input_linear.weight")),
     # Inferred.
     Family("qwen2-moe", "Qwen2MoeForCausalLM", LLAMA | SHARED),
     Family("qwen2-moe-dense-first", "Qwen2MoeForCausalLM", LLAMA | SHARED | {"mlp_only_layers": [0]}, merge=NO_EXPERTS),

@@ -36,8 +36,11 @@ class Loses:
     parts: tuple[str, ...]
 
 
-# What mergekit's file lists and the checkpoint lacks; which one it names first differs from run to run.
-NOT_PRESENT = Fails("RuntimeError", "required but not present")
+def requires(tensor: str) -> Fails:
+    """Mergekit's file lists a tensor that the checkpoint lacks."""
+    return Fails("RuntimeError", f"Tensor {tensor} required but not present")
+
+
 # With a dense layer before them, mergekit drops the experts without a word.
 NO_EXPERTS = Loses((".experts.gate_up_proj", ".experts.down_proj"))
 

@@ -14,6 +14,7 @@ from tests.families.family import (
     Fails,
     Family,
     Loses,
+    requires,
 )
 
 T5 = {
@@ -93,16 +94,16 @@ QWEN3_VL_MOE = QWEN_IDS | {
 VISION, VISUAL = (("vision", 3, 3), ("", 4, 2)), (("visual", 3, 3), ("", 4, 2))
 
 ENCODER_DECODERS = (
-    Family("t5-v1.0", "T5ForConditionalGeneration", T5, "seq2seq", "t5", MHA, merge=Fails("RuntimeError", "DenseReluDense.wi_")),
+    Family("t5-v1.0", "T5ForConditionalGeneration", T5, "seq2seq", "t5", MHA, merge=requires("decoder.block.0.layer.2.DenseReluDense.wi_0.weight")),
     Family("t5-v1.1", "T5ForConditionalGeneration", T5 | GATED, "seq2seq", "t5", MHA),
-    Family("whisper", "WhisperForConditionalGeneration", WHISPER, "audio", "whisper", ENCODER_DECODER, merge=Fails("RuntimeError", "Tensor model.decoder")),
+    Family("whisper", "WhisperForConditionalGeneration", WHISPER, "audio", "whisper", ENCODER_DECODER, merge=requires("model.decoderembed_tokens.weight")),
     # Inferred.
     Family("mt5", "MT5ForConditionalGeneration", T5 | GATED, "seq2seq", heads=MHA),
     Family("t5-encoder", "T5EncoderModel", T5 | GATED, heads=MHA),
     Family("bart", "BartForConditionalGeneration", BART, "seq2seq", heads=ENCODER_DECODER),
 )  # fmt: skip
 TOWERS = (
-    Family("gemma3-vl", "Gemma3ForConditionalGeneration", GEMMA3, "text and pixels", "gemma3vl", VISION, merge=Fails("RuntimeError", "Tensor vision_tower.vision_model.")),
+    Family("gemma3-vl", "Gemma3ForConditionalGeneration", GEMMA3, "text and pixels", "gemma3vl", VISION, merge=requires("vision_tower.vision_model.embeddings.patch_embedding.bias")),
     Family("mistral3", "Mistral3ForConditionalGeneration", MISTRAL3, "text and sized pixels", "mistral3", VISION),
     Family("llama4", "Llama4ForConditionalGeneration", LLAMA4, "text and pixels", "llama4", VISION),
     Family("qwen2-vl", "Qwen2VLForConditionalGeneration", QWEN2_VL, "text and patches", "qwen2_vl", VISUAL, merge=Fails("RuntimeError", "has no attribute num_hidden_layers")),
