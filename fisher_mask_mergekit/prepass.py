@@ -229,7 +229,9 @@ def compute(
     sidecar = Sidecar(metadata, fisher, values, str(job.target))
     write(sidecar, job.target)
     if measured.one_by_one and batch_size > 1:
-        notes.append(f"{checkpoint.name} does not keep a batch's samples apart: measured one sample at a time")
+        notes.append(
+            f"{checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
+        )
     if measured.unreached:
         stacks = sorted({stack_of(output) for output in measured.unreached})
         notes.append(f"no sample ran through {', '.join(stacks)}: a merge averages it")

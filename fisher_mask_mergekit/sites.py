@@ -35,12 +35,14 @@ class TableRow:
         rest: The block's other tensors but the output projection, which ``unmasked: layer`` weights by the
             site's mean Fisher, as the paper's released code does; an attention's value projection first. A
             leading ``/`` is relative to the layer (``...layers.3.``).
+        unless: A parameter that says that this is something else under the same names.
     """
 
     kind: Kind
     out: str
     inputs: Mapping[str, Layout]
     rest: tuple[str, ...] = ()
+    unless: str = ""
 
 
 def _ffn(out: str, *inputs: str, rest: tuple[str, ...] = ()) -> TableRow:
@@ -53,7 +55,8 @@ def _attention(out: str, inputs: Mapping[str, Layout], *rest: str) -> TableRow:
 
 # Where two rows fit the same projection, the first holds.
 TABLE = (
-    _attention("o_proj", {"q_proj": "q", "k_proj": "k"}, "v_proj"),
+    # DiffLlama's heads are differences of two others'.
+    TableRow("attention", "o_proj", {"q_proj": "q", "k_proj": "k"}, ("v_proj",), unless="lambda_q1"),
     _attention("o_proj", {"q_b_proj": "q", "kv_b_proj": "(k v)"}),  # DeepSeek's latent attention
     _attention("o_proj", {"q_proj": "q", "kv_b_proj": "(k v)"}),
     _attention("o_proj", {"qkv_proj": "q k v"}),  # Phi-3
@@ -243,7 +246,7 @@ def find_sites(
             if len(shape) not in (2, 3) or (path == name and len(shape) == 2):
                 continue  # Only experts are parameters without a module.
             match = _Match(row, prefix, shapes, transposed, model_type)
-            if all(map(match.tensors, row.inputs)):
+            if all(map(match.tensors, row.inputs)) and f"{prefix}{row.unless}" not in shapes:
                 site = match.ffn() if row.kind == "ffn" else match.attention(heads)
                 found |= {path: site} if site else {}
     return tuple(sorted(found.values(), key=_reading_order))

@@ -6,70 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.testing import assert_close
 
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.fisher import MaskFisher, NodeKey, mask_fisher
 from fisher_mask_mergekit.sites import Site
-from tests import tiny
+from tests import naive, tiny
 
-
-def naive_gradients(
-    model: nn.Module, ids: Tensor, label: int, sites: Iterable[Site], placement: str
-) -> tuple[dict[NodeKey, Tensor], Tensor]:
-    """d loss / d mask of one sample, the masks multiplying slices of the weights; and log p."""
-    weights = dict(model.named_parameters())
-    masks: dict[NodeKey, Tensor] = {}
-    changed = {}
-    for site in sites:
-        name = f"{site.output}.weight"
-        width = weights[name].shape[1]
-        if site.kind == "attention":
-            masks[site.output, "head_fisher"] = torch.ones(
-                site.heads, dtype=torch.float64, requires_grad=True
-            )
-            masks[site.output, "kv_head_fisher"] = torch.ones(
-                site.kv_heads, dtype=torch.float64, requires_grad=True
-            )
-            heads = masks[site.output, "head_fisher"] * masks[
-                site.output, "kv_head_fisher"
-            ].repeat_interleave(site.heads // site.kv_heads)
-            changed[name] = weights[name] * heads.repeat_interleave(width // site.heads)
-        else:
-            mask = torch.ones(site.neurons, dtype=torch.float64, requires_grad=True)
-            masks[site.output, "neuron_fisher"] = mask
-            if placement == "post":
-                changed[name] = weights[name] * mask
-            else:
-                first = f"{site.inputs[0]}.weight"
-                changed[first] = weights[first] * mask[:, None]
-    logits = functional_call(model, changed, kwargs={"input_ids": ids[None]}).logits
-    log_probs = torch.log_softmax(logits[0], -1)
-    gradients = torch.autograd.grad(-log_probs[label], list(masks.values()))
-    return dict(zip(masks, gradients, strict=True)), log_probs.detach()
+Sample = tuple[Tensor, int]
 
 
 def naive_fisher(
-    model: nn.Module,
-    drawn: list[tuple[Tensor, int]],
-    sites: Iterable[Site],
-    *,
-    placement: str = "post",
-    labels: str = "data",
+    model: nn.Module, drawn: list[Sample], sites: Iterable[Site], **how: str
 ) -> dict[NodeKey, Tensor]:
-    model.eval()
-    sums: dict[NodeKey, Any] = {}
-    for ids, label in drawn:
-        _, log_probs = naive_gradients(model, ids, label, sites, placement)
-        terms = (
-            [(label, 1.0)] if labels == "data" else [(c, log_probs[c].exp()) for c in range(len(log_probs))]
-        )
-        for target, weight in terms:
-            gradients, _ = naive_gradients(model, ids, target, sites, placement)
-            for key, gradient in gradients.items():
-                sums[key] = sums.get(key, 0) + weight * gradient**2
-    return {key: total / len(drawn) for key, total in sums.items()}
+    return naive.naive_fisher(model, tiny.TASK, tiny.batches(drawn, 1), sites, **how)
 
 
 def assert_same(got: MaskFisher, wanted: dict[NodeKey, Tensor], rtol: float = 1e-10) -> None:
@@ -97,10 +47,10 @@ def test_equals_the_definition(architecture: str, placement: Any) -> None:
     got = mask_fisher(model, tiny.batches(drawn, 3), sites, tiny.TASK, mask_placement=placement)
     assert_same(got, naive_fisher(model, drawn, sites, placement=placement))
     assert got.samples == len(drawn)
-    own = [naive_gradients(model, ids, label, sites, placement)[1] for ids, label in drawn]
-    losses = [-log_probs[label] for log_probs, (_, label) in zip(own, drawn, strict=True)]
+    logits = [model(ids[None]).logits[0].detach() for ids, _ in drawn]
+    losses = [-torch.log_softmax(one, -1)[label] for one, (_, label) in zip(logits, drawn, strict=True)]
     assert got.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-9)
-    right = [int(log_probs.argmax()) == label for log_probs, (_, label) in zip(own, drawn, strict=True)]
+    right = [int(one.argmax()) == label for one, (_, label) in zip(logits, drawn, strict=True)]
     assert got.accuracy == pytest.approx(sum(right) / len(right))
 
 
@@ -171,8 +121,8 @@ def test_batch_estimator_squares_the_gradient_of_each_batchs_mean_loss() -> None
     wanted: dict[NodeKey, Any] = {}
     for start in (0, 4):
         each = [
-            naive_gradients(model.eval(), ids, label, sites, "post")[0]
-            for ids, label in drawn[start : start + 4]
+            naive.naive_gradients(model.eval(), tiny.TASK, sample, sites)[0]
+            for sample in tiny.batches(drawn[start : start + 4], 1)
         ]
         for key in each[0]:
             wanted[key] = wanted.get(key, 0) + torch.stack([one[key] for one in each]).mean(0) ** 2

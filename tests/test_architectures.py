@@ -1,0 +1,269 @@
+"""Every architecture: the map from rows to nodes, the pre-pass, and a merge through mergekit, each against a reference."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+import torch
+import yaml
+from mergekit.scripts import run_yaml
+from torch import Tensor
+from torch.testing import assert_close
+
+from fisher_mask_mergekit.checkpoint import locate, read_tensors, tensor_shapes
+from fisher_mask_mergekit.fisher import mask_fisher
+from fisher_mask_mergekit.sidecar import Sidecar, probe, write
+from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, find_sites, row_fisher
+from fisher_mask_mergekit.skeleton import sites_of
+from fisher_mask_mergekit.store import BESIDE
+from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
+from tests.families import FAMILIES, REMOTE, Fails, Family, Loses, Remote, build, inputs, sibling
+from tests.families.perturbation import changed, heard
+from tests.naive import naive_fisher
+from tests.test_sidecar import metadata_for
+
+# transformers' own float64 of these is not a number where a sample is padded.
+UNPADDED = {"canine", "gemma2", "gemma2-sequence"}
+each = pytest.mark.parametrize("family", FAMILIES, ids=str)
+NODES: tuple[Node, ...] = ("head_fisher", "kv_head_fisher", "neuron_fisher")
+
+
+class Anything(Task):
+    """A loss for whatever a model puts out: the mean over positions of its first output, as scores of classes."""
+
+    def likelihood(self, model: Any, batch: Batch) -> Likelihood:
+        given = {
+            name: value.to(next(model.parameters()).dtype) if value.is_floating_point() else value
+            for name, value in batch.inputs.items()
+        }
+        output = model(**given)[0]
+        scores = output.reshape(len(batch.index), -1, output.shape[-1]).mean(1)
+        log_probs = torch.log_softmax(scores, -1)
+        owner = torch.arange(len(batch.index))
+        ones = torch.ones(len(owner), dtype=log_probs.dtype)
+        return Likelihood(log_probs, batch.labels, owner, ones, batch.index)
+
+
+TASK = Anything("anything")
+
+
+def model_of(family: Family) -> tuple[Any, tuple[Site, ...]]:
+    """The family's model and its sites. The tests leave it as it is."""
+    return _model_of(family.name)
+
+
+@lru_cache(maxsize=1)
+def _model_of(name: str) -> tuple[Any, tuple[Site, ...]]:
+    model = build(next(family for family in FAMILIES if family.name == name))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return model, sites_of(model, shapes)
+
+
+def batches(family: Family, sizes: tuple[int, ...]) -> Iterator[Batch]:
+    first = 0
+    for size in sizes:
+        index = tuple(range(first, first + size))
+        yield Batch(inputs(family, size, first=first), torch.tensor([i % 2 for i in index]), index)
+        first += size
+
+
+def rows_of(site: Site, tensor: GovernedTensor, node: Node, index: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The positions along a tensor's rows (experts and rows) that one node governs."""
+    one_hot: dict[Node, Tensor] = {kind: torch.zeros(shape) for kind, shape in site.nodes().items()}
+    one_hot[node][index] = 1
+    return [tuple(place) for place in row_fisher(site, tensor, one_hot, torch.zeros(1)).nonzero().tolist()]
+
+
+def columns_of(site: Site, node: Node, index: int) -> list[int]:
+    """The columns of the output projection's input that a node multiplies."""
+    if node == "neuron_fisher":
+        return [index]
+    width = site.head_dim * (site.heads // site.kv_heads if node == "kv_head_fisher" else 1)
+    return list(range(index * width, (index + 1) * width))
+
+
+def governed(model: Any, site: Site) -> Iterator[tuple[GovernedTensor, Node, int]]:
+    """Tensors of the loaded model, and for each kind of node that governs one, how many there are."""
+    parameters = dict(model.named_parameters())
+    for tensor in site.tensors:
+        if tensor.name in parameters and tensor.layout != "mean":
+            for node, shape in site.nodes().items():
+                if rows_of(site, tensor, node, (0,) * len(shape)):
+                    yield tensor, node, shape[-1]
+
+
+@each
+def test_moving_a_nodes_rows_moves_its_columns_only(family: Family) -> None:
+    model, sites = model_of(family)
+    batch = inputs(family)
+    assert {site.kind for site in sites} == set(family.sites)
+    for site in sites:
+        if site.kind == "attention":
+            wanted = next((h, k) for part, h, k in family.heads if part in site.output)
+            assert (site.heads, site.kv_heads) == wanted, site.output
+        if site.experts or ("vision" in site.output and family.inputs == "text"):
+            continue
+        for tensor, node, count in governed(model, site):
+            for index in {1, count - 1} - {count}:
+                own = columns_of(site, node, index)
+                rows = [place[tensor.axis] for place in rows_of(site, tensor, node, (index,))]
+                others = [
+                    place[tensor.axis]
+                    for other in range(count)
+                    if other != index
+                    for place in rows_of(site, tensor, node, (other,))
+                ]
+                moved = changed(model, batch, site.output, tensor.name, rows, tensor.axis)
+                rest = (
+                    changed(model, batch, site.output, tensor.name, others, tensor.axis) if others else None
+                )
+                if not family.coupled:
+                    outside = moved.clone()
+                    outside[own] = False
+                    assert not outside.any(), (tensor.name, node, index)
+                    assert rest is None or not rest[own].any(), (tensor.name, node, index)
+                # A key's bias moves all scores of a query alike, but for rotary positions.
+                if not (node == "kv_head_fisher" and len(tensor.shape) == 1):
+                    assert moved[own].any(), (tensor.name, node, index)
+
+
+@each
+def test_rows_of_an_experts_muted_neuron_go_unheard(family: Family) -> None:
+    model, sites = model_of(family)
+    batch = inputs(family, 4)
+    experts = [site for site in sites if site.experts]
+    if not experts:
+        pytest.skip("no experts that share a tensor")
+    for site in experts:
+        down = 3 - site.model_axis(site.output)
+        for tensor, node, count in governed(model, site):
+            reached = 0
+            for expert in range(site.experts):
+                muted: list[Any] = [expert, slice(None), slice(None)]
+                other = list(muted)
+                muted[down], other[down] = 5, 6
+                for place in rows_of(site, tensor, node, (expert, 5)):
+                    assert place[0] == expert
+                    at = tuple(
+                        slice(None) if length > 1 and i not in (0, tensor.axis) else p
+                        for i, (p, length) in enumerate(zip(place, tensor.shape, strict=True))
+                    )
+                    assert not heard(model, batch, tensor.name, at, site.output, tuple(muted))
+                    reached += heard(model, batch, tensor.name, at, site.output, tuple(other))
+            assert reached
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@each
+def test_the_pre_pass_equals_the_definition(family: Family, placement: Any) -> None:
+    sites = model_of(family)[1]
+    if not sites:
+        pytest.skip("no mask nodes")
+    model = build(family).double()
+    if any(site.experts for site in sites) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # The others have no float64 on a processor.
+    if family.name in UNPADDED:
+        family = replace(family, inputs="text without mask")
+    singles = list(batches(family, (1,) * 5))
+    # Images in patches have no batch axis.
+    together = singles if family.inputs == "text and patches" else batches(family, (3, 2))
+    got = mask_fisher(model, together, sites, TASK, mask_placement=placement)
+    wanted = naive_fisher(model, TASK, singles, sites, placement)
+    assert got.fisher.keys() == wanted.keys()
+    # Its vision tower's softmax is float32 whatever the dtype.
+    precision = 1e-6 if family.name == "gemma3-vl" else 1e-8
+    for key, value in wanted.items():
+        assert_close(got.fisher[key], value, rtol=precision, atol=precision * float(value.max()))
+    assert any(float(value.max()) > 0 for value in wanted.values())
+
+
+def write_checkpoint(model: Any, folder: Path, seed: int) -> dict[str, dict[Node, Tensor]]:
+    """A checkpoint and a sidecar of made-up Fisher information, which makes models differ more than measuring does."""
+    model.save_pretrained(folder)
+    checkpoint = locate(str(folder))
+    shapes = tensor_shapes(checkpoint)
+    sites = sites_of(model, shapes)
+    generator = torch.Generator().manual_seed(seed)
+    fisher = {
+        site.output: {node: torch.rand(shape, generator=generator) for node, shape in site.nodes().items()}
+        for site in sites
+    }
+    names = {tensor.name for site in sites for tensor in site.tensors}
+    values = {name: probe(model.get_parameter(name)) for name in names - shapes.keys()}
+    values |= {name: probe(tensor) for name, tensor in read_tensors(checkpoint, names & shapes.keys())}
+    write(Sidecar(metadata_for(sites), fisher, values), folder / BESIDE)
+    return fisher
+
+
+@each
+def test_a_merge_through_mergekit(family: Family, tmp_path: Path) -> None:
+    parent, sites = model_of(family)
+    if not sites:
+        pytest.skip("no mask nodes")
+    models = [sibling(parent, seed) for seed in (1, 2)]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    fishers = [
+        write_checkpoint(model, folder, seed)
+        for seed, (model, folder) in enumerate(zip(models, folders, strict=True))
+    ]
+    recipe = {
+        "merge_method": "fisher_mask",
+        "models": [{"model": str(folder), "parameters": {"weight": 1.0}} for folder in folders],
+        "base_model": str(folders[0]),
+        "dtype": "float32",
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    given = [str(tmp_path / "recipe.yml"), str(tmp_path / "merged"), "--no-copy-tokenizer"]
+    result = click.testing.CliRunner().invoke(run_yaml.main, given)
+    if isinstance(family.merge, Fails):
+        assert type(result.exception).__name__ == family.merge.error
+        assert family.merge.message in str(result.exception)
+        return
+    assert result.exit_code == 0, result.output or result.exception
+    merged, report = type(parent).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    lost = family.merge.parts if isinstance(family.merge, Loses) else ()
+    assert all(any(part in name for part in lost) for name in report["missing_keys"])
+    assert bool(report["missing_keys"]) == bool(lost)
+    by_name = {
+        tensor.name: (site, tensor) for site in sites for tensor in site.tensors if tensor.layout != "mean"
+    }
+    states = [dict(model.named_parameters()) for model in models]
+    weighted = 0
+    for name, value in merged.named_parameters():
+        if name in report["missing_keys"] or any(part in name for part in lost):
+            continue
+        one, two = (state[name].double() for state in states)
+        shares = [torch.ones(1).double()] * 2
+        if name in by_name:
+            site, tensor = by_name[name]
+            shares = [
+                row_fisher(site, tensor, fisher[site.output], torch.ones(1)).double() for fisher in fishers
+            ]
+            weighted += 1
+        wanted = (shares[0] * one + shares[1] * two) / (shares[0] + shares[1])
+        assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert weighted
+
+
+@pytest.mark.parametrize("remote", REMOTE, ids=str)
+def test_architectures_with_code_of_their_own_by_their_tensors(remote: Remote) -> None:
+    shapes = dict(remote.tensors)
+    transposed = [name for name in shapes if remote.conv1d and name.endswith(".weight")]
+    model_type = {"phi3-small": "phi3small"}.get(remote.name, remote.name)
+    sites = find_sites(shapes, remote.heads[0], transposed=transposed, model_type=model_type)
+    prefixes = [remote.prefix.format(layer) for layer in remote.layers]
+    assert {site.output for site in sites} == {prefix + out for prefix in prefixes for out in remote.out}
+    layouts = {"separate": {"q", "k"}, "blocks": {"q k v"}, "grouped": {"(q k v)"}}[remote.layout]
+    for site in sites:
+        found = {tensor.layout for tensor in site.tensors} - {"mean"}
+        if site.kind == "attention":
+            assert (site.heads, site.kv_heads) == remote.heads
+            assert found == layouts
+        else:
+            assert site.neurons == remote.neurons
+            assert ("(n n)" in found) == remote.interleaved
+        assert all(tensor.axis == int(remote.conv1d and len(tensor.shape) == 2) for tensor in site.tensors)
