@@ -2,13 +2,12 @@
 
 import logging
 import shlex
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import click
-import torch
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -32,53 +31,20 @@ from fisher_mask_mergekit.errors import (
     SidecarNotFoundError,
 )
 from fisher_mask_mergekit.sidecar import Sidecar, read
-from fisher_mask_mergekit.sites import Node, Site, row_fisher
+from fisher_mask_mergekit.weighting import (
+    Found,
+    Normalize,
+    Unmasked,
+    counted_weight,
+    fisher_rows,
+    merge_rows,
+)
 
-Normalize = Literal["none", "model", "layer"]
-Unmasked = Literal["average", "layer", "universal"]
 Missing = Literal["error", "average"]
 
 
 class MergeError(FisherMaskError, click.ClickException):
     """What mergekit's commands print as one line, without a traceback."""
-
-
-def merge_rows(
-    tensors: Sequence[Tensor], weights: Sequence[float], fishers: Sequence[Tensor] | None = None
-) -> Tensor:
-    r"""Fisher-weighted mean of tensors, row by row.
-
-    .. math:: \theta^* = \frac{\sum_j \lambda_j F_j \theta_j}{\sum_j \lambda_j F_j}
-
-    Rows where every :math:`\lambda_j F_j` is zero, and all rows if no Fisher information is given, take the
-    mean weighted by :math:`\lambda_j` alone. There is no floor: only the ratios of the F matter.
-
-    Args:
-        tensors: :math:`\theta_j`, each ``[R, ...]``, all of one shape and dtype. Not changed.
-        weights: :math:`\lambda_j \ge 0`, at least one positive.
-        fishers: :math:`F_j`, non-negative, of one shape that broadcasts to the tensors': ``[R, 1]`` for
-            the rows of a matrix.
-
-    Returns:
-        :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
-
-    Reference: arXiv 2403.09891, eq. (5).
-    """
-    first = tensors[0]
-    plain = torch.tensor(weights, dtype=torch.float64)
-    plain = plain / plain.max()  # So that no sum overflows.
-    plain = plain.reshape(-1, *[1] * first.ndim)
-    share = plain / plain.sum()
-    if fishers is not None:
-        weighted = plain * torch.stack([fisher.to("cpu", torch.float64) for fisher in fishers])
-        total = weighted.sum(0)
-        share = torch.where(total > 0, weighted / total, share)
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    share = share.to(first.device, dtype)
-    merged = torch.zeros_like(first, dtype=dtype)
-    for tensor, part in zip(tensors, share, strict=True):
-        merged.addcmul_(tensor, part)
-    return merged.to(first.dtype)
 
 
 class FisherMaskMerge(GroupMergeMethod):
@@ -143,7 +109,7 @@ def _merge(
 ) -> Tensor:
     if group.base is not None and not group.non_base:
         return group.base.tensor
-    weights = [_weight(entry, weight[entry.id]) for entry in group.entries]
+    weights = [counted_weight(entry.id, weight[entry.id], entry.is_base) for entry in group.entries]
     counted = [(entry, given) for entry, given in zip(group.entries, weights, strict=True) if given > 0]
     if not counted:
         raise FisherMaskError("every model has weight 0")
@@ -152,16 +118,11 @@ def _merge(
     tensors, weights = [entry.tensor for entry, _ in counted], [given for _, given in counted]
     sidecars = [_sidecar(entry.id, sidecar[entry.id], missing) for entry, _ in counted]
     _compare_measurements(frozenset(_measurement(known) for known in sidecars if known is not None))
-    fishers: list[Tensor] = []
-    for (entry, _), known in zip(counted, sidecars, strict=True):
-        fisher = None if known is None else _fisher(known, name, entry, normalize, unmasked)
-        if fisher is not None:
-            fishers.append(fisher)
-    if not fishers or None in sidecars:
-        return merge_rows(tensors, weights)
-    if len(fishers) < len(counted) or len({fisher.shape for fisher in fishers}) > 1:
-        raise SidecarMismatchError("the models' sidecars disagree about which mask nodes govern this tensor")
-    return merge_rows(tensors, weights, fishers)
+    found = [
+        None if known is None else _identify(known, name, entry)
+        for (entry, _), known in zip(counted, sidecars, strict=True)
+    ]
+    return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, normalize, unmasked))
 
 
 def _measurement(sidecar: Sidecar) -> tuple[str, str, str]:
@@ -180,69 +141,13 @@ def _compare_measurements(kinds: frozenset[tuple[str, str, str]]) -> None:
         )
 
 
-def _weight(entry: TensorEntry, given: float | None) -> float:
-    if given is None:
-        return 0.0 if entry.is_base else 1.0
-    if not 0 <= given < float("inf"):
-        raise FisherMaskError(f"weight of {entry.id} is {given}; expected a number of 0 or more")
-    return given
-
-
-def _fisher(
-    sidecar: Sidecar, name: str, entry: TensorEntry, normalize: Normalize, unmasked: Unmasked
-) -> Tensor | None:
-    """What one model's tensor is weighted by, broadcast to its shape; None for not at all."""
+def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:
     try:
-        found = sidecar.identify(name, entry.tensor)
+        return sidecar.identify(name, entry.tensor)
     except SidecarMismatchError as error:
         raise SidecarMismatchError(
             f"{entry.id}: {error}\n  Measure this checkpoint:  {_compute_command(entry.id)}"
         ) from error
-    if found is not None and found[1].layout != "mean":
-        site, governed = found
-        plain = torch.ones(1, dtype=torch.float64)
-        if unmasked != "average" and site.kind == "attention":
-            plain = _site_mean(sidecar, site, normalize)
-        return row_fisher(site, governed, _normalized(sidecar, site, normalize), plain)
-    if unmasked == "average":
-        return None
-    if found is not None:
-        return _broadcast(_site_mean(sidecar, found[0], normalize), entry.tensor)
-    return _broadcast(_universal(sidecar, normalize), entry.tensor) if unmasked == "universal" else None
-
-
-def _site_mean(sidecar: Sidecar, site: Site, normalize: Normalize) -> Tensor:
-    """Mean Fisher information of a site's heads or neurons, ``[1]``."""
-    node: Node = "neuron_fisher" if site.kind == "ffn" else "head_fisher"
-    return _normalized(sidecar, site, normalize)[node].mean().reshape(1)
-
-
-def _broadcast(fisher: Tensor, tensor: Tensor) -> Tensor:
-    return fisher.reshape([1] * tensor.ndim)
-
-
-@lru_cache(maxsize=64)
-def _universal(sidecar: Sidecar, normalize: Normalize) -> Tensor:
-    """Mean over attention sites of their mean plus mean over FFN sites of theirs, ``[1]``."""
-    total = torch.zeros(1, dtype=torch.float64)
-    for kind in ("attention", "ffn"):
-        means = [_site_mean(sidecar, site, normalize) for site in sidecar.metadata.sites if site.kind == kind]
-        if means:
-            total += torch.cat(means).mean()
-    return total
-
-
-def _normalized(sidecar: Sidecar, site: Site, normalize: Normalize) -> dict[Node, Tensor]:
-    """The site's Fisher vectors in float64, divided by the mean that ``normalize`` names."""
-    vectors = {node: vector.double() for node, vector in sidecar.fisher[site.output].items()}
-    if normalize == "none":
-        return vectors
-    means = (
-        sidecar.means
-        if normalize == "model"
-        else {node: float(vector.mean()) for node, vector in vectors.items()}
-    )
-    return {node: vector / means[node] if means[node] > 0 else vector for node, vector in vectors.items()}
 
 
 def _sidecar(model: Hashable, given: str, missing: Missing) -> Sidecar | None:

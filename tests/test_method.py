@@ -11,9 +11,10 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.method import MergeError, merge_rows
+from fisher_mask_mergekit.method import MergeError
 from fisher_mask_mergekit.sidecar import Sidecar, write
 from fisher_mask_mergekit.sites import name_template
+from fisher_mask_mergekit.weighting import merge_rows
 from tests import tiny
 from tests.test_sidecar import sidecar_for
 

@@ -1,0 +1,165 @@
+"""What a merge makes of weights and Fisher information: each model's share of every row, and the weighted mean.
+
+Used by the merge itself and by what foretells it, so that they cannot disagree.
+"""
+
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
+from fisher_mask_mergekit.sidecar import Sidecar
+from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
+
+Normalize = Literal["none", "model", "layer"]
+Unmasked = Literal["average", "layer", "universal"]
+Found = tuple[Site, GovernedTensor] | None
+"""What a model's sidecar knows of a tensor; None if no mask node governs it."""
+
+
+def merge_rows(
+    tensors: Sequence[Tensor], weights: Sequence[float], fishers: Sequence[Tensor] | None = None
+) -> Tensor:
+    r"""Fisher-weighted mean of tensors, row by row.
+
+    .. math:: \theta^* = \frac{\sum_j \lambda_j F_j \theta_j}{\sum_j \lambda_j F_j}
+
+    Args:
+        tensors: :math:`\theta_j`, each ``[R, ...]``, all of one shape and dtype. Not changed.
+        weights: As :func:`shares` takes them.
+        fishers: Likewise; of a shape that broadcasts to the tensors', ``[R, 1]`` for the rows of a matrix.
+
+    Returns:
+        :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
+
+    Reference: arXiv 2403.09891, eq. (5).
+    """
+    first = tensors[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    merged = torch.zeros_like(first, dtype=dtype)
+    for tensor, part in zip(tensors, shares(weights, fishers).to(first.device, dtype), strict=True):
+        merged.addcmul_(tensor, part)
+    return merged.to(first.dtype)
+
+
+def shares(weights: Sequence[float], fishers: Sequence[Tensor] | None = None) -> Tensor:
+    r"""Each model's share of every row.
+
+    .. math:: s_j = \frac{\lambda_j F_j}{\sum_i \lambda_i F_i}
+
+    Rows where every :math:`\lambda_j F_j` is zero, and all rows if no Fisher information is given, are shared
+    by :math:`\lambda_j` alone. There is no floor: only the ratios of the F matter.
+
+    Args:
+        weights: :math:`\lambda_j \ge 0` of M models, at least one positive.
+        fishers: :math:`F_j`, non-negative, of one shape.
+
+    Returns:
+        :math:`s_j`, ``[M]`` or, with Fisher information, ``[M, ...]`` of its shape; float64, on the CPU. They sum
+        to 1 over the models.
+    """
+    plain = torch.tensor(weights, dtype=torch.float64)
+    plain = plain / plain.max()  # So that no sum overflows.
+    if fishers is None:
+        return plain / plain.sum()
+    plain = plain.reshape(-1, *[1] * fishers[0].ndim)
+    weighted = plain * torch.stack([fisher.to("cpu", torch.float64) for fisher in fishers])
+    total = weighted.sum(0)
+    return torch.where(total > 0, weighted / total, plain / plain.sum())
+
+
+def counted_weight(model: Hashable, given: float | None, is_base: bool) -> float:
+    r""":math:`\lambda` of a model: as given, else 1, but 0 for the base model.
+
+    Raises:
+        FisherMaskError: If what is given is no number of 0 or more.
+    """
+    if given is None:
+        return 0.0 if is_base else 1.0
+    if not 0 <= given < float("inf"):
+        raise FisherMaskError(f"weight of {model} is {given}; expected a number of 0 or more")
+    return given
+
+
+def fisher_rows(
+    sidecars: Sequence[Sidecar | None],
+    found: Sequence[Found],
+    ndim: int,
+    normalize: Normalize,
+    unmasked: Unmasked,
+) -> list[Tensor] | None:
+    """What the models' tensors of one name are weighted by.
+
+    Args:
+        sidecars: The models', None where a model has none.
+        found: What each of them knows of the model's tensor.
+        ndim: The tensor's number of dimensions.
+        normalize: What a model's Fisher information is divided by.
+        unmasked: How tensors without mask nodes are weighted.
+
+    Returns:
+        Per model, of one shape that broadcasts to the tensor's; None if it is averaged by weight alone.
+
+    Raises:
+        SidecarMismatchError: If the sidecars disagree about which mask nodes govern it.
+    """
+    rows = [
+        None if sidecar is None else _model_rows(sidecar, known, ndim, normalize, unmasked)
+        for sidecar, known in zip(sidecars, found, strict=True)
+    ]
+    there = [fisher for fisher in rows if fisher is not None]
+    if not there or None in sidecars:
+        return None
+    if len(there) < len(rows) or len({fisher.shape for fisher in there}) > 1:
+        raise SidecarMismatchError("the models' sidecars disagree about which mask nodes govern this tensor")
+    return there
+
+
+def _model_rows(
+    sidecar: Sidecar, found: Found, ndim: int, normalize: Normalize, unmasked: Unmasked
+) -> Tensor | None:
+    """What one model's tensor is weighted by, broadcast to its shape; None for not at all."""
+    if found is not None and found[1].layout != "mean":
+        site, governed = found
+        plain = torch.ones(1, dtype=torch.float64)
+        if unmasked != "average" and site.kind == "attention":
+            plain = _site_mean(sidecar, site, normalize)
+        return row_fisher(site, governed, _normalized(sidecar, site, normalize), plain)
+    if unmasked == "average":
+        return None
+    if found is not None:
+        return _site_mean(sidecar, found[0], normalize).reshape([1] * ndim)
+    return _universal(sidecar, normalize).reshape([1] * ndim) if unmasked == "universal" else None
+
+
+def _site_mean(sidecar: Sidecar, site: Site, normalize: Normalize) -> Tensor:
+    """Mean Fisher information of a site's heads or neurons, ``[1]``."""
+    node: Node = "neuron_fisher" if site.kind == "ffn" else "head_fisher"
+    return _normalized(sidecar, site, normalize)[node].mean().reshape(1)
+
+
+@lru_cache(maxsize=64)
+def _universal(sidecar: Sidecar, normalize: Normalize) -> Tensor:
+    """Mean over attention sites of their mean plus mean over FFN sites of theirs, ``[1]``."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for kind in ("attention", "ffn"):
+        means = [_site_mean(sidecar, site, normalize) for site in sidecar.metadata.sites if site.kind == kind]
+        if means:
+            total += torch.cat(means).mean()
+    return total
+
+
+def _normalized(sidecar: Sidecar, site: Site, normalize: Normalize) -> dict[Node, Tensor]:
+    """The site's Fisher vectors in float64, divided by the mean that ``normalize`` names."""
+    vectors = {node: vector.double() for node, vector in sidecar.fisher[site.output].items()}
+    if normalize == "none":
+        return vectors
+    means = (
+        sidecar.means
+        if normalize == "model"
+        else {node: float(vector.mean()) for node, vector in vectors.items()}
+    )
+    return {node: vector / means[node] if means[node] > 0 else vector for node, vector in vectors.items()}
