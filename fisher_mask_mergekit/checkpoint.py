@@ -90,10 +90,19 @@ def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: If there are no weights, or they cannot be read.
     """
+    return {modern(name): shape for name, shape in stored_shapes(checkpoint).items()}
+
+
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The same under the names that the files have.
+
+    Raises:
+        CheckpointError: If there are no weights, or they cannot be read.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in _weight_files(checkpoint):
         with _open(checkpoint, file) as tensors:
-            shapes |= {_modern(name): tuple(tensors.shape(name)) for name in tensors.names()}
+            shapes |= {name: tuple(tensors.shape(name)) for name in tensors.names()}
     return shapes
 
 
@@ -107,14 +116,15 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple
     for file in _weight_files(checkpoint):
         with _open(checkpoint, file) as tensors:
             for name in tensors.names():
-                if _modern(name) in wanted:
-                    wanted.discard(_modern(name))
-                    yield _modern(name), tensors.read(name)
+                if modern(name) in wanted:
+                    wanted.discard(modern(name))
+                    yield modern(name), tensors.read(name)
     if wanted:
         raise CheckpointError(f"{checkpoint.name} has no tensor {min(wanted)} in its weight files")
 
 
-def _modern(name: str) -> str:
+def modern(name: str) -> str:
+    """A tensor's name as transformers calls it, where that is not what old files call it."""
     for modern, legacy in _LEGACY_NAMES.items():
         if name.endswith(legacy):
             return name.removesuffix(legacy) + modern

@@ -44,7 +44,7 @@ def sites_of(model: Any, files: Shapes) -> tuple[Site, ...]:
     )
     if all(tensor.name in files for site in sites for tensor in site.tensors):
         return sites
-    rename = _renaming(model, shapes)
+    rename = renaming(model, shapes)
     loaded = {name: rename(name) for name in files}
     there = set(loaded.values())
     by_output = {name: site for site in sites for name in (site.output, f"{site.output}.weight")}
@@ -77,14 +77,20 @@ def sites_of(model: Any, files: Shapes) -> tuple[Site, ...]:
     )
 
 
-def _renaming(model: Any, shapes: Shapes) -> Callable[[str], str]:
-    """What transformers calls a tensor of the checkpoint's files once it has loaded it."""
+def renaming(model: Any, shapes: Shapes) -> Callable[[str], str]:
+    """What transformers calls a tensor of the checkpoint's files once it has loaded it.
+
+    Args:
+        model: The model; its weights do not matter.
+        shapes: Names and shapes of its tensors.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = dict(shapes)
 
     def rename(name: str) -> str:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(shapes))
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         return name if renamed not in shapes and name in shapes else renamed
 
     return rename

@@ -1,0 +1,127 @@
+"""A checkpoint without its weights: its configuration, its sidecar, and what its tensors are called."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from fisher_mask_mergekit.checkpoint import (
+    Checkpoint,
+    locate,
+    read_config,
+    stored_shapes,
+    transformers_errors,
+)
+from fisher_mask_mergekit.errors import CheckpointError, first_line
+from fisher_mask_mergekit.skeleton import Shapes, skeleton
+from fisher_mask_mergekit.store import BESIDE
+
+
+@dataclass(frozen=True)
+class Peeked:
+    """What can be known of a checkpoint without downloading its weights.
+
+    Attributes:
+        checkpoint: Where its configuration is, and its sidecar if there is one beside it.
+        shapes: Names and shapes of its tensors as its files have them; None if only a download would tell.
+        readable: Whether the weights are on this machine.
+    """
+
+    checkpoint: Checkpoint
+    shapes: Shapes | None
+    readable: bool
+
+    @property
+    def architecture(self) -> str:
+        """The class that its configuration names."""
+        return (read_config(self.checkpoint).get("architectures") or ["no class"])[0]
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether its class is not in transformers, but in code of the checkpoint's own."""
+        import transformers
+
+        return getattr(transformers, self.architecture, None) is None
+
+    def model(self) -> Any:
+        """The model on torch's meta device, None if its class is not in transformers.
+
+        Raises:
+            CheckpointError: If transformers cannot make it.
+        """
+        import transformers
+
+        if self.is_foreign:
+            return None
+        with transformers_errors(self.checkpoint):
+            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folder)
+            return skeleton(getattr(transformers, self.architecture), config)
+
+
+def peek(name: str) -> Peeked:
+    """Look at a checkpoint; of a hub id, nothing is downloaded but the configuration and the sidecar.
+
+    Args:
+        name: Local folder, or hub id with or without ``@revision``. With ``+adapter`` behind it, its base is
+            looked at: the tensors have the same names and shapes, the values are not known.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it has no configuration or no weights.
+    """
+    base, plus, _ = name.partition("+")
+    if plus and not Path(name).exists():
+        found = peek(base)
+        return Peeked(Checkpoint(name, found.checkpoint.folder, None), found.shapes, False)
+    path, _, wanted = name.partition("@")
+    local = Path(name).exists() or (not wanted and Path(path).is_dir())
+    checkpoint = locate(name) if local else _from_hub(name, path, wanted or None)
+    try:
+        return Peeked(checkpoint, stored_shapes(checkpoint), True)
+    except CheckpointError:
+        if local:
+            raise
+        return Peeked(checkpoint, _shapes_on_hub(path, checkpoint.revision), False)
+
+
+def _from_hub(name: str, path: str, revision: str | None) -> Checkpoint:
+    try:
+        folder = Path(hf_hub_download(path, "config.json", revision=revision)).parent
+    except Exception as error:  # The hub library raises its own, the HTTP library's and ValueErrors.
+        raise CheckpointError(
+            f"{name} is neither a folder here nor a checkpoint to be had from the hub: {first_line(error)}"
+        ) from error
+    try:
+        hf_hub_download(path, BESIDE.as_posix(), revision=folder.name)
+    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        pass  # Not published; it may be in the cache.
+    return Checkpoint(name, folder, folder.name)
+
+
+def _shapes_on_hub(path: str, revision: str | None) -> Shapes | None:
+    """From the headers of the weight files, which take a request of some kilobytes each."""
+    try:
+        found = HfApi().get_safetensors_metadata(path, revision=revision)
+    except Exception:  # As above; or the weights are no safetensors, or the hub cannot be reached.
+        return None
+    return {
+        name: tuple(tensor.shape)
+        for file in found.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+
+def same_weights(path: str, one: str, other: str) -> bool | None:
+    """Whether two commits of a repository on the hub have the same weight files; None if nobody can tell."""
+    files = []
+    try:
+        for revision in (one, other):
+            names = [name for name in HfApi().list_repo_files(path, revision=revision)]
+            weights = [name for name in names if name.endswith((".safetensors", ".bin")) and "/" not in name]
+            files.append(
+                {info.path: info.blob_id for info in HfApi().get_paths_info(path, weights, revision=revision)}
+            )
+    except Exception:  # As above.
+        return None
+    return files[0] == files[1]
