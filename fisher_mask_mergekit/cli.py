@@ -1,7 +1,7 @@
 """The command ``mergekit-fisher``: the only place that prints and exits."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -170,6 +170,96 @@ def demo(
         run_demo(out, say=print)
 
 
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder or its hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show where a checkpoint's mask nodes sit, what they govern, and what a merge averages."""
+    with _errors():
+        from fisher_mask_mergekit.survey import survey
+
+        _silence_loading()
+        found = survey(model)
+        if as_json:
+            _print_json(
+                {
+                    "checkpoint": found.checkpoint,
+                    "architecture": found.architecture,
+                    "is_checked": found.is_checked,
+                    "sites": [site.model_dump(mode="json") for site in found.sites],
+                    "averaged": dict(found.averaged),
+                }
+            )
+            return
+        from fisher_mask_mergekit.tables import survey_lines
+
+        _print_lines(survey_lines(found))
+
+
+@app.command()
+def inspect(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SIDECAR...|RECIPE",
+            help="Sidecars, or folders of checkpoints that have one; or a recipe (.yml).",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what sidecars hold; of a recipe, also each model's share of what the merge weighs."""
+    with _errors():
+        from fisher_mask_mergekit import inspection
+        from fisher_mask_mergekit.recipe import read_recipe
+
+        shares: list[inspection.ShareStatistics] = []
+        models: list[str] = []
+        if any(Path(target).suffix in (".yml", ".yaml") for target in targets):
+            if len(targets) > 1:
+                raise RecipeError("inspect takes one recipe, or any number of sidecars")
+            _silence_loading()
+            found, shares = inspection.recipe_shares(read_recipe(Path(targets[0])))
+            models = [name for name in found if any(name in one.shares for one in shares)]
+            sidecars = [sidecar for sidecar in found.values() if sidecar is not None]
+        else:
+            sidecars = [inspection.open_sidecar(Path(target)) for target in targets]
+        if as_json:
+            _print_json(inspection.as_json(sidecars, shares))
+            return
+        from fisher_mask_mergekit.tables import share_lines, sidecar_lines
+
+        for sidecar in sidecars:
+            _print_lines((*sidecar_lines(sidecar), ""))
+        if models:
+            _print_lines(share_lines(shares, models))
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (.yml).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look for what is wrong with a recipe before its merge; downloads no weights."""
+    with _errors():
+        from dataclasses import asdict
+
+        from fisher_mask_mergekit.check import check_recipe
+
+        _silence_loading()
+        findings = check_recipe(recipe)
+        failed = any(finding.level == "error" for finding in findings)
+        if as_json:
+            _print_json({"recipe": str(recipe), "ok": not failed, "findings": [asdict(f) for f in findings]})
+        else:
+            for finding in findings:
+                print(f"{finding.level}: {finding.what}: {finding.detail}\n  {finding.remedy}")
+            if not findings:
+                print("ok")
+        if failed:
+            raise typer.Exit(1)
+
+
 def _requests(
     target: str, overrides: dict[str, Any], out: Path | None
 ) -> Iterator[tuple[str, "FisherSettings", Path | None]]:
@@ -266,10 +356,28 @@ def _progress(name: str) -> Iterator[tuple[Any, Any]]:
 def _silence_progress_bars() -> None:
     """The libraries' own bars, for loading weights and data, would break ours."""
     import datasets
-    import transformers
 
     datasets.disable_progress_bars()
+    _silence_loading()
+
+
+def _silence_loading() -> None:
+    import huggingface_hub.utils
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _report(name: str, outcome: "Outcome") -> None:

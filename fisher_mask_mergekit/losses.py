@@ -22,7 +22,7 @@ def lost_tensors(outputs: Iterable[Output], stored: Shapes, model: Any, moved: b
         moved: Whether the recipe picks layers: then a tensor counts as merged if it is in any layer.
 
     Returns:
-        Names as the files have them.
+        Names as the loaded model has them.
     """
     model.tie_weights()
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -39,7 +39,7 @@ def lost_tensors(outputs: Iterable[Output], stored: Shapes, model: Any, moved: b
         inside = rename(name)
         return inside in state and key(name) not in written and key(inside) not in loaded
 
-    return [name for name in stored if is_lost(name)]
+    return list(dict.fromkeys(rename(name) for name in stored if is_lost(name)))
 
 
 def _tied(model: Any) -> dict[str, list[str]]:

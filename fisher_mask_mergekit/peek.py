@@ -1,11 +1,13 @@
 """A checkpoint without its weights: its configuration, its sidecar, and what its tensors are called."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
 
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
@@ -92,10 +94,9 @@ def _from_hub(name: str, path: str, revision: str | None) -> Checkpoint:
         raise CheckpointError(
             f"{name} is neither a folder here nor a checkpoint to be had from the hub: {first_line(error)}"
         ) from error
-    try:
+    # Where it is not published, it may be in the cache.
+    with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         hf_hub_download(path, BESIDE.as_posix(), revision=folder.name)
-    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-        pass  # Not published; it may be in the cache.
     return Checkpoint(name, folder, folder.name)
 
 
@@ -117,10 +118,13 @@ def same_weights(path: str, one: str, other: str) -> bool | None:
     files = []
     try:
         for revision in (one, other):
-            names = [name for name in HfApi().list_repo_files(path, revision=revision)]
-            weights = [name for name in names if name.endswith((".safetensors", ".bin")) and "/" not in name]
+            entries = HfApi().list_repo_tree(path, revision=revision)
             files.append(
-                {info.path: info.blob_id for info in HfApi().get_paths_info(path, weights, revision=revision)}
+                {
+                    entry.path: entry.blob_id
+                    for entry in entries
+                    if isinstance(entry, RepoFile) and entry.path.endswith((".safetensors", ".bin"))
+                }
             )
     except Exception:  # As above.
         return None

@@ -94,7 +94,9 @@ def plan_merge(recipe: Recipe, models: Mapping[str, Peeked]) -> tuple[Output, ..
         }
         try:
             return _plan(_renamed(read_document(recipe), folders), folders, models)
-        except Exception as error:  # mergekit raises RuntimeError, ValueError, TypeError, pydantic's and others.
+        except (
+            Exception
+        ) as error:  # mergekit raises RuntimeError, ValueError, TypeError, pydantic's and others.
             message = " ".join(str(error).split())
             message = message if len(message) < 300 else f"{message[:120]} ... {message[-120:]}"
             for name, folder in folders.items():
@@ -198,15 +200,16 @@ class _Loader:
         """Shape of what mergekit will load, and why it will not."""
         problem = ""
         # mergekit tries every tensor of a checkpoint for one that has to be put together: first a layer's.
-        for self.tensor_paths in (self._layers.get(_layer(task.tensor), {}), self._shapes):
+        for paths in (self._layers.get(_layer(task.tensor), {}), self._shapes):
+            self.tensor_paths = paths
             try:
                 tensor = task.model_copy(update={"device": "meta"}).execute()
             except RuntimeError as error:
                 problem = first_line(error).replace(str(task.model), self.model)
                 continue
             if tensor is not None:
+                self.tensor_paths = self._shapes
                 return tuple(tensor.shape), ""
-        self.tensor_paths = self._shapes
         return None, problem
 
 

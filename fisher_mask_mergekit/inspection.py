@@ -1,0 +1,213 @@
+"""What a sidecar holds, and what a merge will do with several: the numbers of `mergekit-fisher inspect`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_mask_mergekit import store
+from fisher_mask_mergekit.checkpoint import Checkpoint
+from fisher_mask_mergekit.errors import RecipeError, SidecarNotFoundError
+from fisher_mask_mergekit.forecast import Forecast, forecast
+from fisher_mask_mergekit.peek import Peeked, peek
+from fisher_mask_mergekit.plan import Output, plan_merge
+from fisher_mask_mergekit.recipe import METHOD, Recipe, RecipeModel
+from fisher_mask_mergekit.sidecar import Sidecar, read
+from fisher_mask_mergekit.sites import name_template
+
+
+@dataclass(frozen=True)
+class NodeStatistics:
+    """The Fisher information of a site's heads, key-value heads or neurons.
+
+    Attributes:
+        output: The site's output projection.
+        nodes: ``heads``, ``key-value heads`` or ``neurons``.
+        count: How many there are.
+        mean: In nats squared.
+        variation: Standard deviation over mean; None if the mean is zero.
+        zeros: Share of those that are exactly zero.
+        experts: How many experts the site has.
+        unreached: How many of them no sample reached: all of their neurons are zero.
+    """
+
+    output: str
+    nodes: str
+    count: int
+    mean: float
+    variation: float | None
+    zeros: float
+    experts: int
+    unreached: int
+
+
+@dataclass(frozen=True)
+class ShareStatistics:
+    """What each model contributes to tensors that are merged alike.
+
+    Attributes:
+        tensors: Their names in the output.
+        output: The site's output projection; empty where weight alone decides.
+        layout: What of the tensors' rows the numbers are about, as in a sidecar; empty likewise.
+        shares: Per model that counts, the mean, the smallest and the largest share of a row.
+    """
+
+    tensors: tuple[str, ...]
+    output: str
+    layout: str
+    shares: Mapping[str, tuple[float, float, float]]
+
+
+def node_statistics(sidecar: Sidecar) -> list[NodeStatistics]:
+    """Statistics of all of a sidecar's nodes, site by site; key-value heads where they are not the heads."""
+    found = []
+    for site in sidecar.metadata.sites:
+        vectors = sidecar.fisher[site.output]
+        if site.kind == "ffn":
+            found.append(_statistics(site.output, "neurons", vectors["neuron_fisher"], site.experts))
+            continue
+        found.append(_statistics(site.output, "heads", vectors["head_fisher"]))
+        if site.kv_heads != site.heads:
+            found.append(_statistics(site.output, "key-value heads", vectors["kv_head_fisher"]))
+    return found
+
+
+def _statistics(output: str, nodes: str, fisher: Tensor, experts: int = 0) -> NodeStatistics:
+    values = fisher.double()
+    mean = float(values.mean())
+    return NodeStatistics(
+        output=output,
+        nodes=nodes,
+        count=values.numel(),
+        mean=mean,
+        variation=float(values.std(correction=0)) / mean if mean > 0 else None,
+        zeros=float((values == 0).double().mean()),
+        experts=experts,
+        unreached=int((values == 0).all(-1).sum()) if experts else 0,
+    )
+
+
+def open_sidecar(path: Path) -> Sidecar:
+    """A sidecar by its file, or by the folder of the checkpoint that it belongs to.
+
+    Raises:
+        SidecarError: If there is none, or it cannot be used.
+    """
+    if not path.is_dir():
+        return read(path)
+    found = store.find(Checkpoint(str(path), path, None))
+    if found is None:
+        raise SidecarNotFoundError(
+            f"there is no sidecar for {path}. Measure it:  mergekit-fisher compute {path} --data DATASET"
+        )
+    return read(found)
+
+
+def sidecar_of(model: RecipeModel, peeked: Peeked) -> Sidecar | None:
+    """The sidecar that a merge will use for a model of a recipe; None if there is none.
+
+    Raises:
+        SidecarError: If there is one that cannot be used.
+    """
+    path = Path(model.sidecar).expanduser() if model.sidecar else store.find(peeked.checkpoint)
+    return read(path) if path else None
+
+
+def recipe_shares(
+    recipe: Recipe,
+) -> tuple[dict[str, Sidecar | None], list[ShareStatistics]]:
+    """What a merge will do: the sidecars that it will use, and each model's share of every tensor.
+
+    Raises:
+        FisherMaskError: If the merge would fail for a reason that can be known without the weights.
+    """
+    if recipe.method != METHOD:
+        raise RecipeError(f"{recipe.path}: merge_method is {recipe.method}, which uses no sidecars")
+    models = {model.name: peek(model.name) for model in recipe.models}
+    for name, peeked in models.items():
+        if peeked.shapes is None:
+            raise RecipeError(
+                f"the tensors of {name} cannot be told without a download: it has no safetensors, or the hub "
+                "cannot be reached; give its sidecar instead of the recipe"
+            )
+    sidecars = {model.name: sidecar_of(model, models[model.name]) for model in recipe.models}
+    outputs = [output for output in plan_merge(recipe, models) if output.there]
+    _require(recipe, outputs, sidecars)
+    return sidecars, _grouped(forecast(output, sidecars) for output in outputs)
+
+
+def _require(recipe: Recipe, outputs: Sequence[Output], sidecars: Mapping[str, Sidecar | None]) -> None:
+    """Whoever counts needs a sidecar, as in the merge."""
+    for output in outputs:
+        parts = forecast(output, {}).models
+        missing = [model for model in parts if sidecars[model] is None]
+        if len(parts) > 1 and missing and output.parameters["missing"] == "error":
+            raise SidecarNotFoundError(
+                f"there is no sidecar for {missing[0]}. Measure it:  mergekit-fisher compute {recipe.path}"
+            )
+
+
+def _grouped(forecasts: Iterable[Forecast]) -> list[ShareStatistics]:
+    """Tensors of one layer with one layout and one site's shares together; so those that weight alone decides."""
+    groups: dict[Any, list[Forecast]] = {}
+    for one in forecasts:
+        if one.found is None:
+            key: Any = (one.models, tuple(one.shares.flatten().tolist()))
+        else:
+            site, tensor = one.found
+            key = (one.models, name_template(site.output), layer_of(one.output.name), tensor.layout)
+        groups.setdefault(key, []).append(one)
+    return sorted((_share_statistics(group) for group in groups.values()), key=_reading_order)
+
+
+def _share_statistics(group: Sequence[Forecast]) -> ShareStatistics:
+    first = group[0]
+    rows = torch.cat([one.rows() for one in group], 1)
+    values = zip(rows.mean(1).tolist(), rows.amin(1).tolist(), rows.amax(1).tolist(), strict=True)
+    site, tensor = first.found or (None, None)
+    return ShareStatistics(
+        tensors=tuple(sorted(one.output.name for one in group)),
+        output=site.output if site else "",
+        layout=tensor.layout if tensor else "",
+        shares=dict(zip(first.models, values, strict=True)),
+    )
+
+
+def _reading_order(one: ShareStatistics) -> tuple[bool, str, str, int, tuple[str, ...]]:
+    """Site by site, layer by layer; what weight alone decides last."""
+    layer = layer_of(one.tensors[0])
+    return not one.output, name_template(one.output), one.layout, int(layer or 0), one.tensors
+
+
+def layer_of(name: str) -> str:
+    """The first number of a path, empty if there is none."""
+    return next((part for part in name.split(".") if part.isdigit()), "")
+
+
+def as_json(sidecars: Iterable[Sidecar], shares: Iterable[ShareStatistics]) -> dict[str, Any]:
+    """Everything that `inspect` knows, as `docs/cli.md` describes it."""
+    return {
+        "sidecars": [
+            {
+                "path": sidecar.source,
+                "metadata": sidecar.metadata.model_dump(mode="json", exclude={"sites"}),
+                "nodes": [asdict(one) for one in node_statistics(sidecar)],
+            }
+            for sidecar in sidecars
+        ],
+        "shares": [
+            {
+                "tensors": list(one.tensors),
+                "output": one.output or None,
+                "layout": one.layout or None,
+                "models": {
+                    model: dict(zip(("mean", "min", "max"), values, strict=True))
+                    for model, values in one.shares.items()
+                },
+            }
+            for one in shares
+        ],
+    }
