@@ -315,3 +315,66 @@ def test_moved_data_is_measured_anew_and_never_passed_off_as_the_old(
     done = returning.run(*pinned, "--out", "pinned.safetensors", code=1, HF_HUB_OFFLINE="1")
     assert f"revision {old} was asked for" in done.stderr
     assert not (returning.home / "pinned.safetensors").exists()
+
+
+def publish(user: User, measured: Path) -> None:
+    """Push the models' files again with the sidecars that were measured on the first commits."""
+    for name in ("org/bert-a", "org/bert-b"):
+        repository = user.hub.repositories[f"models/{name}"]
+        sidecar = measured / user.sidecar(name).relative_to(user.home)
+        repository.commit({**repository.at("main")[1], store.BESIDE.as_posix(): sidecar.read_bytes()})
+
+
+def test_check_inspect_and_sites_download_no_weights(newcomer: User, measured: Path) -> None:
+    """The measured sidecars are published, so a newcomer needs configuration, sidecar and headers only."""
+    publish(newcomer, measured)
+    (newcomer.home / "recipe.yml").write_text(RECIPE.replace("dtype:", "base_model: org/bert-a\ndtype:"))
+    done = newcomer.run("mergekit-fisher", "check", "recipe.yml")
+    assert "warning: weight: org/bert-a is listed, but as the base model" in done.stdout
+    assert "error" not in done.stdout
+    (newcomer.home / "recipe.yml").write_text(RECIPE)
+    shown = newcomer.run("mergekit-fisher", "inspect", "recipe.yml").stdout
+    assert "neurons of bert.encoder.layer.*.intermediate.dense" in shown
+    assert "4 heads of 8" in newcomer.run("mergekit-fisher", "sites", "org/bert-b").stdout
+    kept = {path.name for path in (newcomer.home / "hf").rglob("*") if path.is_symlink() or path.suffix}
+    assert "config.json" in kept
+    assert "mask_fisher.safetensors" in kept
+    assert not any(name.startswith(("model", "pytorch_model")) for name in kept)
+    asked = [request for request in newcomer.hub.requests if "model.safetensors" in request]
+    assert any(request.startswith("GET") for request in asked)  # The headers.
+
+
+def test_check_knows_a_sidecar_of_other_weights_by_the_commits(
+    newcomer: User, measured: Path, folders: Path, tmp_path: Path
+) -> None:
+    (newcomer.home / "recipe.yml").write_text(RECIPE.replace("dtype:", "base_model: org/bert-c\ndtype:"))
+    newcomer.hub.push("models/org/bert-c", folders / "bert-a")
+    other = tiny.sibling(tmp_path / "other", folders / "bert-b", seed=9)
+    newcomer.hub.push("models/org/bert-b", other)
+    publish(newcomer, measured)
+    done = newcomer.run("mergekit-fisher", "check", "recipe.yml", code=1)
+    assert "error: sidecar: " in done.stdout
+    assert "org/bert-b@main is at " in done.stdout
+    assert "which has other weights\n  mergekit-fisher compute recipe.yml\n" in done.stdout
+    assert "org/bert-a is at" not in done.stdout
+
+
+def test_check_offline_looks_at_what_was_downloaded(returning: User) -> None:
+    done = returning.run("mergekit-fisher", "check", "recipe.yml", HF_HUB_OFFLINE="1")
+    assert "warning: base model" in done.stdout
+    assert "error" not in done.stdout
+
+
+def test_check_without_the_tensors_says_so(newcomer: User) -> None:
+    (newcomer.home / "recipe.yml").write_text(RECIPE)
+    for repository in newcomer.hub.repositories.values():
+        files = dict(repository.at("main")[1])
+        if "model.safetensors" in files:
+            files["pytorch_model.bin"] = files.pop("model.safetensors")
+            repository.commit(files)
+    done = newcomer.run("mergekit-fisher", "check", "recipe.yml", code=1)
+    assert (
+        "org/bert-a has no safetensors, or the hub cannot be reached: its tensors were not checked"
+        in done.stdout
+    )
+    assert "there is none for org/bert-a\n  mergekit-fisher compute recipe.yml" in done.stdout

@@ -70,6 +70,8 @@ def test_a_plain_import_of_torch_loads_nothing_heavy() -> None:
         ("prepass", "('mergekit', 'typer', 'fisher_mask_mergekit.method')"),
         ("cli", "('torch', 'transformers', 'datasets', 'mergekit', 'pydantic')"),
         ("recipe", "('torch', 'transformers', 'datasets', 'mergekit')"),
+        ("survey", "('mergekit', 'typer', 'datasets.load', 'fisher_mask_mergekit.prepass')"),
+        ("weighting", "('mergekit', 'typer', 'transformers', 'datasets.load')"),
     ],
 )
 def test_modules_do_not_load_what_they_do_not_need(module: str, absent: str) -> None:
