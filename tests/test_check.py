@@ -341,3 +341,27 @@ def test_weights_that_no_mask_node_governs_are_not_looked_at(pair: tuple[Path, P
     level, what, detail, _ = only(findings(tmp_path, pair))
     assert (level, what) == ("error", "checkpoint")
     assert "cannot read model.safetensors" in detail
+
+
+@pytest.mark.parametrize(("family", "extra"), [
+    ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}),  # A buffer in old files.
+    ("t5-v1.1", {"encoder.embed_tokens.weight": torch.ones(64, 32)}),  # Tied to 'shared', which is merged.
+])  # fmt: skip
+def test_what_is_tied_or_not_loaded_is_no_loss(
+    family: str, extra: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    folders = siblings(next(one for one in FAMILIES if one.name == family), tmp_path)
+    for folder in folders:
+        state = load_file(folder / "model.safetensors")
+        save_file(state | extra, folder / "model.safetensors", {"format": "pt"})
+    assert not [one for one in findings(tmp_path, folders) if one.what != "sidecar"]
+
+
+def test_a_model_that_counts_alone_needs_no_sidecar(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in pair:
+        (folder / store.BESIDE).unlink()
+    weights = [
+        {"model": str(folder), "parameters": {"weight": weight}}
+        for folder, weight in zip(pair, (0, 1), strict=True)
+    ]
+    assert only(findings(tmp_path, [pair[0]], models=weights))[:2] == ("warning", "weight")
