@@ -345,7 +345,7 @@ def test_weights_that_no_mask_node_governs_are_not_looked_at(pair: tuple[Path, P
 
 @pytest.mark.parametrize(("family", "extra"), [
     ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}),  # A buffer in old files.
-    ("t5-v1.1", {"encoder.embed_tokens.weight": torch.ones(64, 32)}),  # Tied to 'shared', which is merged.
+    ("gemma", {"lm_head.weight": torch.ones(64, 32)}),  # Tied to the embeddings, which are merged.
 ])  # fmt: skip
 def test_what_is_tied_or_not_loaded_is_no_loss(
     family: str, extra: dict[str, torch.Tensor], tmp_path: Path
