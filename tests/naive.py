@@ -49,6 +49,7 @@ def _masked_weight(
         mask = (masks[site.output, "head_fisher"] * shared).repeat_interleave(site.head_dim)
     else:
         mask = masks[site.output, "neuron_fisher"]
+    mask = mask.to(weight.dtype)
     if before:
         layout = next(tensor.layout for tensor in site.tensors if tensor.name == name)
         ones = torch.ones_like(mask)
