@@ -278,9 +278,11 @@ def _read_once(path: Path, modified: int, size: int) -> Sidecar:
 def _checkpoint(model: Hashable) -> Checkpoint | None:
     """The files behind one of mergekit's input ids; None if it stands for none, as in-memory inputs do."""
     reference = getattr(model, "model", None)
-    if reference is None or getattr(model, "lora", None) is not None:
+    if reference is None:
         return None
     path = Path(reference.path)
+    if getattr(model, "lora", None) is not None:
+        return Checkpoint(str(model), path, None)
     if path.is_file():  # mergekit-pytorch names weight files.
         return Checkpoint(str(path.parent), path.parent, None)
     if path.is_dir():

@@ -22,8 +22,8 @@ from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.store import BESIDE
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 from tests.families import FAMILIES, REMOTE, Fails, Family, Loses, Remote, build, inputs, sibling
-from tests.families.perturbation import changed, heard
 from tests.families.experts import EXPERTS
+from tests.families.perturbation import changed, heard
 from tests.naive import naive_fisher
 from tests.test_sidecar import metadata_for
 
