@@ -65,7 +65,8 @@ def merge_rows(
     Reference: arXiv 2403.09891, eq. (5).
     """
     first = tensors[0]
-    plain = torch.tensor(weights, dtype=torch.float64)
+    # mergekit's executor for many GPUs makes the thread's GPU the default for new tensors.
+    plain = torch.tensor(weights, dtype=torch.float64, device="cpu")
     plain = plain / plain.max()  # So that no sum overflows.
     plain = plain.reshape(-1, *[1] * first.ndim)
     share = plain / plain.sum()
@@ -143,8 +144,10 @@ def _merge(
 ) -> Tensor:
     if group.base is not None and not group.non_base:
         return group.base.tensor
-    weights = [_weight(entry, weight[entry.id]) for entry in group.entries]
-    counted = [(entry, given) for entry, given in zip(group.entries, weights, strict=True) if given > 0]
+    # In an order of their own, so that not even the rounding depends on the recipe's.
+    entries = sorted(group.entries, key=lambda entry: str(entry.id))
+    weights = [_weight(entry, weight[entry.id]) for entry in entries]
+    counted = [(entry, given) for entry, given in zip(entries, weights, strict=True) if given > 0]
     if not counted:
         raise FisherMaskError("every model has weight 0")
     if len(counted) == 1:
@@ -200,7 +203,7 @@ def _fisher(
         ) from error
     if found is not None and found[1].layout != "mean":
         site, governed = found
-        plain = torch.ones(1, dtype=torch.float64)
+        plain = torch.ones(1, dtype=torch.float64, device="cpu")
         if unmasked != "average" and site.kind == "attention":
             plain = _site_mean(sidecar, site, normalize)
         return row_fisher(site, governed, _normalized(sidecar, site, normalize), plain)
@@ -224,7 +227,7 @@ def _broadcast(fisher: Tensor, tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _universal(sidecar: Sidecar, normalize: Normalize) -> Tensor:
     """Mean over attention sites of their mean plus mean over FFN sites of theirs, ``[1]``."""
-    total = torch.zeros(1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64, device="cpu")
     for kind in ("attention", "ffn"):
         means = [_site_mean(sidecar, site, normalize) for site in sidecar.metadata.sites if site.kind == kind]
         if means:

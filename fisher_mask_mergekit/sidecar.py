@@ -188,8 +188,8 @@ def probe(tensor: Tensor) -> Tensor:
     Value k is at ``(k * 2654435761) mod numel`` in row-major order.
     """
     count = tensor.numel()
-    positions = torch.arange(min(VALUES_PER_TENSOR, count)) * _STRIDE % count
-    return tensor.detach().reshape(-1)[positions.to(tensor.device)].cpu()
+    positions = torch.arange(min(VALUES_PER_TENSOR, count), device=tensor.device) * _STRIDE % count
+    return tensor.detach().reshape(-1)[positions].cpu()
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -189,9 +189,9 @@ def test_the_pre_pass_equals_the_definition(family: Family, placement: Any) -> N
     assert any(float(value.max()) > 0 for value in wanted.values())
 
 
-def write_checkpoint(model: Any, folder: Path, seed: int) -> dict[str, dict[Node, Tensor]]:
+def write_checkpoint(model: Any, folder: Path, seed: int, **options: Any) -> dict[str, dict[Node, Tensor]]:
     """A checkpoint and a sidecar of made-up Fisher information, which makes models differ more than measuring does."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
     checkpoint = locate(str(folder))
     shapes = tensor_shapes(checkpoint)
     sites = sites_of(model, shapes)
