@@ -70,7 +70,7 @@ def _one_of_each(model: nn.Module, site: Site) -> Iterator[tuple[GovernedTensor,
             yield found, node
 
 
-class _Seen(Exception):
+class _Seen(Exception):  # noqa: N818  # Not an error: it ends a forward pass that has shown enough.
     pass
 
 

@@ -31,7 +31,7 @@ def adapter(base: Path, folder: Path, seed: int) -> Path:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return folder
 
 

@@ -71,10 +71,12 @@ class Made:
             bottom = bottom + weight * fisher.double()
         return top / bottom
 
-    def check(self, merged: Mapping[str, Tensor], weights: Sequence[float], **tolerance: float) -> None:
+    def check(
+        self, merged: Mapping[str, Tensor], weights: Sequence[float], rtol: float = 1e-5, atol: float = 1e-6
+    ) -> None:
         for name, value in merged.items():
             wanted = self.by_hand([(index, name, weight) for index, weight in enumerate(weights)])
-            assert_close(value.double(), wanted, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
+            assert_close(value.double(), wanted, rtol=rtol, atol=atol)
 
 
 def make(work: Path, parent: Any, count: int = 2, **options: Any) -> Made:
