@@ -78,26 +78,29 @@ def padded_batches(
         index = order[start : start + batch_size]
         rows = [encoded.samples[i] for i in index]
         inputs = {
-            name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer), device)
+            name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)
             for name in rows[0].inputs
         }
         yield Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
 
 
-def _filler(name: str, tokenizer: Any) -> int | None:
-    """What an input is padded with; None if it cannot be."""
-    return {
-        "input_ids": tokenizer.pad_token_id,
-        "attention_mask": 0,
-        "token_type_ids": tokenizer.pad_token_type_id,
-    }.get(name)
+def _filler(name: str, tokenizer: Any, rows: list[Encoded]) -> int:
+    """What an input is padded with.
+
+    Raises:
+        CheckpointError: If that is not known.
+    """
+    known = {"attention_mask": 0, "token_type_ids": tokenizer.pad_token_type_id}
+    if tokenizer.pad_token_id is not None:
+        known["input_ids"] = tokenizer.pad_token_id
+    if name not in known and len(rows) > 1:
+        raise CheckpointError(f"the tokenizer gives {name}, which cannot be padded; take batch_size 1")
+    return known.get(name, 0)
 
 
-def _padded(rows: list[Any], filler: int | None, device: torch.device) -> Tensor:
+def _padded(rows: list[Any], filler: int, device: torch.device) -> Tensor:
     """Numbers, or lists of them (of lists), as one tensor; short innermost lists are filled on the right."""
     width = _length(rows)
-    if filler is None and not all(_length(row) == width for row in rows):
-        raise CheckpointError("the tokenizer gives inputs that this program cannot pad; take batch_size 1")
     filled = torch.tensor(_filled(rows, width, filler), dtype=_dtype(rows, device))
     return filled.to(device)
 
@@ -117,7 +120,7 @@ def _length(row: Any) -> int:
     return max((_length(part) for part in row), default=0) or len(row)
 
 
-def _filled(row: list[Any], width: int, filler: int | None) -> list[Any]:
+def _filled(row: list[Any], width: int, filler: int) -> list[Any]:
     if row and isinstance(row[0], list):
         return [_filled(part, width, filler) for part in row]
     return row + [filler] * (width - len(row))

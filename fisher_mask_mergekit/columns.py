@@ -77,7 +77,7 @@ def _with_text(
     """The layout of text columns that the user named; None if it lacks a label column."""
     if label is not None or any(one.label is None for one in known):
         return Layout(text, label)
-    beside = [one for one in known if one.text == text] or known
+    beside = sorted(known, key=lambda one: one.text != text)
     found = next((one.label for one in beside if one.label in names), None)
     return Layout(text, found) if found else None
 
