@@ -48,9 +48,11 @@ def encode_samples(samples: Samples, task: Task, how: Tokenization) -> EncodedSa
     return EncodedSamples(kept, truncated, len(samples.texts) - len(kept))
 
 
-def pads(tokenizer: Any) -> bool:
-    """Whether samples of unequal length can be put into one batch: padding has a token, and a mask."""
-    return tokenizer.pad_token_id is not None and "attention_mask" in tokenizer.model_input_names
+def lacks_for_padding(tokenizer: Any) -> str | None:
+    """What a tokenizer lacks to put samples of unequal length into one batch; None if nothing."""
+    if tokenizer.pad_token_id is None:
+        return "padding token"
+    return None if "attention_mask" in tokenizer.model_input_names else "attention mask"
 
 
 def padded_batches(

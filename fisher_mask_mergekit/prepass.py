@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.batches import EncodedSamples, encode_samples, padded_batches, pads
+from fisher_mask_mergekit.batches import EncodedSamples, encode_samples, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
     locate,
@@ -197,10 +197,9 @@ def prepare(
 def _inputs(
     name: str, samples: Samples, task: Task, model: nn.Module, tokenizer: Any, settings: FisherSettings
 ) -> Inputs:
-    if settings.estimator == "batch" and not pads(tokenizer):
-        raise CheckpointError(
-            f"{name} has no padding token or no attention mask, so estimator 'batch' cannot batch its samples"
-        )
+    lacking = lacks_for_padding(tokenizer)
+    if settings.estimator == "batch" and lacking:
+        raise CheckpointError(f"{name} has no {lacking}, so estimator 'batch' cannot batch its samples")
     max_length = longest(model, tokenizer, settings)
     how = Tokenization(tokenizer, max_length, settings.seed)
     try:
@@ -238,11 +237,9 @@ def compute(
     model = load_model(checkpoint, job.model_class, job.config, inputs.tokenizer, settings)
     values = {name: probe(model.get_parameter(name)) for name in names - on_disk}
     batch_size, notes = settings.batch_size, []
-    if not pads(inputs.tokenizer):
+    if lacking := lacks_for_padding(inputs.tokenizer):
         batch_size = 1
-        notes.append(
-            f"{checkpoint.name} has no padding token or no attention mask: measuring one sample at a time"
-        )
+        notes.append(f"{checkpoint.name} has no {lacking}: measuring one sample at a time")
     batches = padded_batches(
         inputs.encoded,
         inputs.tokenizer,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.batches import encode_samples, padded_batches, pads
+from fisher_mask_mergekit.batches import encode_samples, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec
 from fisher_mask_mergekit.errors import CheckpointError, DataError
@@ -294,12 +294,12 @@ def test_inputs_that_cannot_be_padded_are_an_error(tmp_path: Path) -> None:
 
 def test_without_a_padding_token_or_a_mask_nothing_is_padded() -> None:
     tokenizer = tiny.tokenizer()
-    assert pads(tokenizer)
+    assert lacks_for_padding(tokenizer) is None
     tokenizer.model_input_names = ["input_ids"]
-    assert not pads(tokenizer)
+    assert lacks_for_padding(tokenizer) == "attention mask"
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = None
-    assert not pads(tokenizer)
+    assert lacks_for_padding(tokenizer) == "padding token"
 
 
 TAGS = {"O": 0, "B-PER": 1, "I-PER": 2}

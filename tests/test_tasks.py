@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -49,36 +49,16 @@ def case(name: str) -> tuple[PreTrainedModel, type[Task], list[Encoded]]:
 
 def losses(task: Task, model: Any, batches: Iterable[Batch]) -> Tensor:
     """By the samples' index, whatever the order."""
-    found = {}
+    found: dict[int, Tensor] = {}
     for batch in batches:
         found |= dict(zip(batch.index, task.likelihood(model, batch).losses(), strict=True))
     return torch.stack([found[index] for index in sorted(found)]).detach()
 
 
-def own_loss(model: Any, encoded: Encoded) -> Tensor:
-    """The loss that transformers itself gives for one sample, without padding."""
-    inputs = {name: torch.tensor([values]) for name, values in encoded.inputs.items()}
-    labels = torch.tensor([encoded.labels])
-    if "QuestionAnswering" in type(model).__name__:
-        return model(**inputs, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss.detach()
-    if "PreTraining" in type(model).__name__:  # Its own loss has a second term.
-        logits = model(**inputs).prediction_logits
-        return cross_entropy(logits[0], labels[0], ignore_index=IGNORED).detach()
-    output = model(**inputs, labels=labels)
-    if output.loss.dtype == torch.float64:
-        return output.loss.detach()
-    # Some losses of transformers are in float32 whatever the model is in: the same by hand.
-    shift = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
-    logits, wanted = (output.logits[:, :-1], labels[:, 1:]) if shift else (output.logits, labels)
-    own = cross_entropy(logits[0], wanted[0], ignore_index=IGNORED).detach()
-    assert_close(own.float(), output.loss.detach())
-    return own
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_is_transformers_own(name: str) -> None:
     model, task, encoded = case(name)
-    wanted = torch.stack([own_loss(model, one) for one in encoded])
+    wanted = torch.stack([tiny_tasks.own_loss(model, one).detach() for one in encoded])
     assert_close(losses(task(), model, tiny_tasks.batches(encoded, 3)), wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -115,7 +95,7 @@ def test_a_sum_is_the_mean_times_the_number_of_predictions(name: str) -> None:
 def test_sequence_classification_padded_on_the_left(name: str) -> None:
     model = tiny.classifier(name).double().eval()
     encoded = [tiny_tasks.sample(ids.tolist(), label) for ids, label in tiny.samples()]
-    wanted = torch.stack([own_loss(model, one) for one in encoded])
+    wanted = torch.stack([tiny_tasks.own_loss(model, one).detach() for one in encoded])
     for left in (False, True):
         made = tiny_tasks.batches(encoded, 3, left=left)
         assert_close(losses(SequenceClassification(), model, made), wanted, rtol=1e-10, atol=1e-10)
@@ -194,7 +174,7 @@ def test_draws_depend_on_the_sample_and_the_seed_alone(name: str) -> None:
     order = list(reversed(range(len(encoded))))
 
     def drawn(made: Iterable[Batch], seed: int) -> Tensor:
-        found = {}
+        found: dict[int, Tensor] = {}
         for batch in made:
             likelihood = task("sum").likelihood(model, batch)
             found |= dict(zip(batch.index, likelihood.losses(likelihood.sampled(seed)), strict=True))
@@ -250,7 +230,7 @@ def test_gradients_with_padding_are_finite_and_those_without() -> None:
     embeddings = model.get_input_embeddings().weight
 
     def gradient(made: Iterable[Batch]) -> Tensor:
-        total = sum(task().likelihood(model, batch).losses().sum() for batch in made)
+        total = torch.cat([task().likelihood(model, batch).losses() for batch in made]).sum()
         return torch.autograd.grad(total, embeddings)[0]
 
     assert_close(gradient(tiny_tasks.batches(encoded, 7)), gradient(tiny_tasks.batches(encoded, 1)))

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -135,6 +138,27 @@ def samples(task: str, count: int = 7) -> list[Encoded]:
         else:
             made.append(sample(ids, [*draw.ids(draw.number(2, 9)), 3]))
     return made
+
+
+def own_loss(model: Any, encoded: Encoded) -> Tensor:
+    """The loss that transformers itself gives for one sample, without padding."""
+    ((inputs, labels),) = [(batch.inputs, batch.labels) for batch in batches([encoded], 1)]
+    if model.config.problem_type == "multi_label_classification":
+        labels = labels.double()
+    if "QuestionAnswering" in type(model).__name__:
+        return model(**inputs, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss
+    if "PreTraining" in type(model).__name__:  # Its own loss has a second term.
+        logits = model(**inputs).prediction_logits
+        return cross_entropy(logits[0], labels[0], ignore_index=IGNORED)
+    output = model(**inputs, labels=labels)
+    if output.loss.dtype == torch.float64:
+        return output.loss
+    # Some losses of transformers are in float32 whatever the model is in: the same by hand.
+    shift = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+    logits, wanted = (output.logits[:, :-1], labels[:, 1:]) if shift else (output.logits, labels)
+    own = cross_entropy(logits[0], wanted[0], ignore_index=IGNORED)
+    assert_close(own.detach().float(), output.loss.detach())
+    return own
 
 
 def batches(

@@ -55,9 +55,14 @@ def task_of(config: Any, checkpoint: str, settings: FisherSettings) -> Task:
         raise CheckpointError(f"{checkpoint} is a {architecture}, made for {told}, not for {settings.task}")
     name = settings.task or told
     if name is None:
+        is_one = (
+            f"is a {architecture}, which"
+            if config.architectures
+            else "has a config.json that names no class, which"
+        )
         raise CheckpointError(
-            f"{checkpoint} is a {architecture}, which does not tell what it predicts; if it has a head, say which "
-            f"with task (--task): {', '.join(_AUTO_CLASSES)}"
+            f"{checkpoint} {is_one} does not tell what it predicts; if it has a head, say which with --task, or task "
+            f"in the recipe: {', '.join(_AUTO_CLASSES)}"
         )
     if name == "causal-lm":
         _check_causal(config, architecture, checkpoint)
@@ -102,7 +107,7 @@ def _sequence_task(config: Any, checkpoint: str, settings: FisherSettings) -> Ta
 
 
 def _architecture(config: Any) -> str:
-    names = config.architectures or ["no class at all"]
+    names = config.architectures or [""]
     return names[0] if len(names) == 1 else ", ".join(names)
 
 
