@@ -39,13 +39,21 @@ def load_tokenizer(checkpoint: Checkpoint, task: Task, *, trust_remote_code: boo
     """
     from transformers import AutoTokenizer
 
+    def load(**options: Any) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, **options
+            )
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise remote_code_error(checkpoint.name) from error
+            raise
+
     with transformers_errors(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        tokenizer = load()
         if task.name == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
             # Else every word is read as one that goes on where another ended.
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.folder, trust_remote_code=trust_remote_code, add_prefix_space=True
-            )
+            tokenizer = load(add_prefix_space=True)
         return tokenizer
 
 

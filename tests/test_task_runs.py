@@ -235,6 +235,17 @@ def test_code_that_comes_with_a_checkpoint_runs_only_if_told(tmp_path: Path) -> 
     assert "unknown key 'trust_remote_code'" in run("compute", recipe, code=1).stderr
 
 
+def test_so_does_a_tokenizers(tmp_path: Path) -> None:
+    folder, data = checkpoint(tmp_path, "llama-causal", "text")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {
+        "tokenizer_class": "MyTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_my.MyTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert "comes with code of its own" in run("compute", folder, "--data", data, code=1).stderr
+
+
 def test_roberta_reads_single_words_as_it_reads_them_in_a_text(tmp_path: Path) -> None:
     from transformers import RobertaTokenizer
 
