@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,15 +16,15 @@ import torch
 from torch import nn
 
 from fisher_mask_mergekit import store
+from fisher_mask_mergekit.batches import EncodedSamples, encode_samples, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
     locate,
-    read_config,
     read_tensors,
     tensor_shapes,
     transformers_errors,
 )
-from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec, token_batches
+from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
 from fisher_mask_mergekit.errors import (
     CheckpointError,
     MeasurementError,
@@ -31,9 +32,11 @@ from fisher_mask_mergekit.errors import (
     SidecarError,
 )
 from fisher_mask_mergekit.fisher import mask_fisher
+from fisher_mask_mergekit.loading import class_of, load_config, load_model, load_tokenizer, longest
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import (
     FORMAT_VERSION,
+    DataRecord,
     Metadata,
     Sidecar,
     digest_of,
@@ -44,10 +47,22 @@ from fisher_mask_mergekit.sidecar import (
 )
 from fisher_mask_mergekit.sites import Site, stack_of
 from fisher_mask_mergekit.skeleton import sites_of, skeleton
-from fisher_mask_mergekit.tasks import Batch, Task, task_of
+from fisher_mask_mergekit.tasks import Batch, Task, Tokenization, task_of
 
-_LONGEST = 512
-"""Tokens per sample at most, unless asked for more."""
+
+@dataclass(frozen=True)
+class Inputs:
+    """The samples as the model takes them.
+
+    Attributes:
+        tokenizer: The checkpoint's.
+        max_length: Tokens per sample at most.
+        encoded: The samples.
+    """
+
+    tokenizer: Any
+    max_length: int
+    encoded: EncodedSamples
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,13 @@ class Job:
     Attributes:
         checkpoint: What to measure.
         config: Its transformers configuration.
+        model_class: What it is loaded with.
         task: What its loss is.
         sites: Its mask nodes.
         weights: Digest of its tensors.
         settings: The request.
-        samples: What to measure on.
+        data: What to measure on.
+        inputs: The same for the model; None if ``served``.
         target: Where the sidecar goes.
         elsewhere: Whether ``target`` is not a place where a merge looks by itself.
         served: The sidecar that answers the request already, if there is one.
@@ -69,11 +86,13 @@ class Job:
 
     checkpoint: Checkpoint
     config: Any
+    model_class: Any
     task: Task
     sites: tuple[Site, ...]
     weights: str
     settings: FisherSettings
-    samples: Samples
+    data: DataRecord
+    inputs: Inputs | None
     target: Path
     elsewhere: bool
     served: Sidecar | None
@@ -116,7 +135,14 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare(name: str, settings: FisherSettings, *, out: Path | None = None, force: bool = False) -> Job:
+def prepare(
+    name: str,
+    settings: FisherSettings,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Job:
     """Find the checkpoint, its mask nodes and the samples, and see whether they were measured before.
 
     Args:
@@ -124,29 +150,62 @@ def prepare(name: str, settings: FisherSettings, *, out: Path | None = None, for
         settings: The request; ``data`` must be given.
         out: Where to write; beside a local checkpoint, else to the cache, if not given.
         force: Measure even if the same request was measured before.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
 
     Raises:
         FisherMaskError: On bad input.
     """
     checkpoint = locate(name)
-    config = _transformers_config(checkpoint)
-    task = task_of(config, name)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    task = task_of(config, name, settings)
+    kind = class_of(checkpoint, config, task, trust_remote_code=trust_remote_code)
     shapes = tensor_shapes(checkpoint)
-    sites = _find_sites(checkpoint, config, shapes)
+    with transformers_errors(checkpoint):
+        model = skeleton(kind, deepcopy(config))
+    sites = _find_sites(checkpoint, model, shapes)
     if out is not None and not may_replace(out):
         raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
     found = None
     for path in () if force else [out] if out else store.find_all(checkpoint):
-        found = found or _same_request(path, weights, settings)
+        found = found or _same_request(path, weights, settings, task)
+    samples: Any = None
     if found is None or parse_spec(settings.data or "").is_local:
-        samples = load_samples(settings, config.label2id)
+        samples = load_samples(settings, task)
         if found is not None and found.metadata.data.digest != samples.record.digest:
             found = None
-    else:
-        samples = Samples([], [], found.metadata.data)
-    target = out or store.destination(checkpoint)
-    return Job(checkpoint, config, task, sites, weights, settings, samples, target, out is not None, found)
+    inputs = None
+    if found is None:
+        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
+        inputs = _inputs(name, samples, task, model, tokenizer, settings)
+    return Job(
+        checkpoint=checkpoint,
+        config=config,
+        model_class=kind,
+        task=task,
+        sites=sites,
+        weights=weights,
+        settings=settings,
+        data=found.metadata.data if found else samples.record,
+        inputs=inputs,
+        target=out or store.destination(checkpoint),
+        elsewhere=out is not None,
+        served=found,
+    )
+
+
+def _inputs(
+    name: str, samples: Samples, task: Task, model: nn.Module, tokenizer: Any, settings: FisherSettings
+) -> Inputs:
+    lacking = lacks_for_padding(tokenizer)
+    if settings.estimator == "batch" and lacking:
+        raise CheckpointError(f"{name} has no {lacking}, so estimator 'batch' cannot batch its samples")
+    max_length = longest(model, tokenizer, settings)
+    how = Tokenization(tokenizer, max_length, settings.seed)
+    try:
+        return Inputs(tokenizer, max_length, encode_samples(samples, task, how))
+    except CheckpointError as error:  # A task does not know what the checkpoint is called.
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def compute(
@@ -170,23 +229,25 @@ def compute(
     if job.served is not None:
         path = Path(job.served.source)
         return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
-    checkpoint, settings, samples = job.checkpoint, job.settings, job.samples
+    assert job.inputs is not None
+    checkpoint, settings, inputs = job.checkpoint, job.settings, job.inputs
     shapes = tensor_shapes(checkpoint)
     names = {tensor.name for site in job.sites for tensor in site.tensors}
     on_disk = names & shapes.keys()
-    model, tokenizer = _load(checkpoint, job.config, settings)
+    model = load_model(checkpoint, job.model_class, job.config, inputs.tokenizer, settings)
     values = {name: probe(model.get_parameter(name)) for name in names - on_disk}
-    batch_size, notes = _batching(checkpoint.name, tokenizer, settings)
-    max_length = _max_length(model, tokenizer, settings)
-    batches = token_batches(
-        samples,
-        tokenizer,
-        max_length=max_length,
+    batch_size, notes = settings.batch_size, []
+    if lacking := lacks_for_padding(inputs.tokenizer):
+        batch_size = 1
+        notes.append(f"{checkpoint.name} has no {lacking}: measuring one sample at a time")
+    batches = padded_batches(
+        inputs.encoded,
+        inputs.tokenizer,
         batch_size=batch_size,
         by_length=settings.estimator == "sample",
         device=device,
     )
-    on_start(len(samples.texts))
+    on_start(len(inputs.encoded.samples))
     started = time.perf_counter()
     with _out_of_memory(batch_size):
         measured = mask_fisher(
@@ -205,14 +266,15 @@ def compute(
         format_version=FORMAT_VERSION,
         checkpoint=checkpoint.name,
         revision=checkpoint.revision,
-        architecture=job.config.architectures[0],
-        task=job.task.name,
+        architecture=job.model_class.__name__,
+        task=job.task.kind,
         weights=job.weights,
         settings=settings,
-        data=samples.record,
+        data=job.data,
         samples=measured.samples,
-        max_length=max_length,
-        accuracy=measured.accuracy,
+        max_length=inputs.max_length,
+        truncated=inputs.encoded.truncated,
+        accuracy=None if math.isnan(measured.accuracy) else measured.accuracy,
         loss=measured.loss,
         versions=_versions(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -242,14 +304,30 @@ def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
     """What the user should know about a measurement, fresh or not."""
     notes = []
     asked, data = job.settings.samples, metadata.data
-    if metadata.samples < asked:
+    if data.rows < asked:
         notes.append(f"{job.settings.data} has {data.rows} rows, {asked} were asked for: used all")
+    drawn = min(asked, data.rows)
+    if metadata.samples < drawn:
+        notes.append(
+            f"{drawn - metadata.samples} of {drawn} samples held nothing to predict within {metadata.max_length} tokens "
+            "and were left out"
+        )
+    if metadata.truncated:
+        notes.append(
+            f"{metadata.truncated} of {metadata.samples} samples were longer than {metadata.max_length} tokens and were "
+            "truncated"
+        )
     kinds = {site.kind for site in job.sites}
     if len(kinds) == 1:
         notes.append(
             f"only {kinds.pop()} sites are known for {metadata.architecture}; a merge averages the rest of it"
         )
-    if metadata.accuracy <= data.majority and metadata.accuracy < 1:
+    if (
+        data.majority is not None
+        and metadata.accuracy is not None
+        and metadata.accuracy <= data.majority
+        and metadata.accuracy < 1
+    ):
         notes.append(
             f"WARNING: accuracy on the samples is {metadata.accuracy:.3f}, no better than always guessing the most "
             f"frequent label ({data.majority:.3f}). The data's labels probably do not match the checkpoint's: "
@@ -259,15 +337,6 @@ def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
     if not job.elsewhere and preferred != path:
         notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
     return notes
-
-
-def _batching(name: str, tokenizer: Any, settings: FisherSettings) -> tuple[int, list[str]]:
-    """Samples per batch, and what the user should know about it."""
-    if tokenizer.pad_token_id is not None:
-        return settings.batch_size, []
-    if settings.estimator == "batch":
-        raise CheckpointError(f"{name} has no padding token, so estimator 'batch' cannot batch its samples")
-    return 1, [f"{name} has no padding token: measuring one sample at a time"]
 
 
 def _versions() -> dict[str, str]:
@@ -285,7 +354,7 @@ def _out_of_memory(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _same_request(path: Path, weights: str, settings: FisherSettings) -> Sidecar | None:
+def _same_request(path: Path, weights: str, settings: FisherSettings, task: Task) -> Sidecar | None:
     """The sidecar at ``path`` if it answers this very request for these very weights.
 
     Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
@@ -298,45 +367,16 @@ def _same_request(path: Path, weights: str, settings: FisherSettings) -> Sidecar
     spec = parse_spec(settings.data or "")
     if sidecar.metadata.settings != settings or sidecar.metadata.weights != weights:
         return None
+    if sidecar.metadata.task != task.kind:  # The task may hang on the configuration, which is not a weight.
+        return None
     if not spec.is_local and hub_revision(spec) not in (sidecar.metadata.data.revision, None):
         return None
     return sidecar
 
 
-def _transformers_config(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig
-
-    read_config(checkpoint)
-    with transformers_errors(checkpoint):
-        return AutoConfig.from_pretrained(checkpoint.folder)
-
-
-def _load(checkpoint: Checkpoint, config: Any, settings: FisherSettings) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    with transformers_errors(checkpoint):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.folder, config=config, dtype=getattr(torch, settings.dtype), output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    if report["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint.name} has no {', '.join(sorted(report['missing_keys'])[:4])}: it is not a complete "
-            f"{config.architectures[0]}"
-        )
-    if tokenizer.pad_token_id is not None:
-        # Decoders find a sample's last token by it: it must be the one that batches are padded with.
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
 def _find_sites(
-    checkpoint: Checkpoint, config: Any, shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Site, ...]:
-    import transformers
-
-    with transformers_errors(checkpoint):
-        model = skeleton(getattr(transformers, config.architectures[0]), config)
     try:
         sites = sites_of(model, shapes)
     except ValueError as error:
@@ -344,18 +384,7 @@ def _find_sites(
     if not sites:
         prefixes = sorted({".".join(name.split(".")[:3]) for name in shapes})
         raise CheckpointError(
-            f"no mask site is known for {checkpoint.name} ({config.architectures[0]}); its tensors begin with "
+            f"no mask site is known for {checkpoint.name} ({type(model).__name__}); its tensors begin with "
             f"{', '.join(prefixes[:8])}"
         )
     return sites
-
-
-def _max_length(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> int:
-    """What was asked for, but no more than the checkpoint can take; 512 at most if nothing was asked."""
-    limits = [tokenizer.model_max_length]
-    for module_name, module in model.named_modules():
-        if module_name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from behind the padding index.
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - offset)
-    return int(min(settings.max_length or _LONGEST, *limits, math.inf))

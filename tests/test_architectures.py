@@ -20,7 +20,7 @@ from fisher_mask_mergekit.sidecar import Sidecar, probe, write
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, find_sites, row_fisher
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.store import BESIDE
-from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
+from fisher_mask_mergekit.tasks import Batch, Categorical, Likelihood, SequenceClassification
 from tests.families import FAMILIES, REMOTE, Fails, Family, Loses, Remote, build, inputs, sibling
 from tests.families.experts import EXPERTS
 from tests.families.perturbation import changed, heard
@@ -39,7 +39,7 @@ each = pytest.mark.parametrize("family", FAMILIES, ids=str)
 NODES: tuple[Node, ...] = ("head_fisher", "kv_head_fisher", "neuron_fisher")
 
 
-class Anything(Task):
+class Anything(SequenceClassification):
     """A loss for whatever a model puts out: the mean over positions of its first output, as scores of classes."""
 
     def likelihood(self, model: Any, batch: Batch) -> Likelihood:
@@ -52,10 +52,10 @@ class Anything(Task):
         log_probs = torch.log_softmax(scores, -1)
         owner = torch.arange(len(batch.index))
         ones = torch.ones(len(owner), dtype=log_probs.dtype)
-        return Likelihood(log_probs, batch.labels, owner, ones, batch.index)
+        return Categorical(log_probs, batch.labels, owner, ones, batch.index)
 
 
-TASK = Anything("anything")
+TASK = Anything()
 
 
 def model_of(family: Family) -> tuple[Any, tuple[Site, ...]]:

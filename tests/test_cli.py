@@ -325,11 +325,17 @@ def _breaks(folder: Path, case: str) -> None:
         save_file(state, folder / "model.safetensors")
     elif case == "causal":
         config["architectures"] = ["BertLMHeadModel"]
-    elif case == "regression":
-        config["problem_type"] = "regression"
+    elif case == "no head class":
+        config["architectures"] = ["BertModel"]
+    elif case == "one label":
+        config |= {
+            "problem_type": "single_label_classification",
+            "id2label": {"0": "x"},
+            "label2id": {"x": 0},
+        }
     elif case == "heads":
         config["num_attention_heads"] = 5
-    if case in ("causal", "regression", "heads"):
+    if case in ("causal", "no head class", "heads"):
         (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -347,8 +353,8 @@ def _breaks(folder: Path, case: str) -> None:
         ),
         ("no known site", "no mask site is known .* its tensors begin with bert.embeddings.LayerNorm"),
         ("nan", "the loss of sample .* is nan"),
-        ("causal", "is a BertLMHeadModel; the pre-pass measures sequence classifiers"),
-        ("regression", "problem type regression; the pre-pass measures single-label"),
+        ("causal", "is a BertLMHeadModel whose configuration says is_decoder: false"),
+        ("no head class", "is a BertModel, which does not tell what it predicts; .* with --task"),
         ("heads", "do not divide among 5 heads"),
     ],
 )
