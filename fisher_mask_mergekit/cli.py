@@ -143,12 +143,13 @@ def compute(
         overrides = {name: value for name, value in given.items() if value is not None}
         wanted = list(_requests(target, overrides, out))
         from fisher_mask_mergekit import prepass
+        from fisher_mask_mergekit.job import prepare
 
         _silence_progress_bars()
         where = prepass.pick_device(device)
         # All that can be wrong is found before the first is measured.
         jobs = [
-            prepass.prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
+            prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
             for name, settings, path in wanted
         ]
         for (name, _, _), job in zip(wanted, jobs, strict=True):

@@ -58,7 +58,7 @@ def load_tokenizer(checkpoint: Checkpoint, task: Task, *, trust_remote_code: boo
 
 
 def load_model(
-    checkpoint: Checkpoint, kind: Any, config: Any, tokenizer: Any, settings: FisherSettings
+    checkpoint: Checkpoint, kind: Any, config: Any, tokenizer: Any, dtype: torch.dtype
 ) -> nn.Module:
     """The checkpoint's model, whole.
 
@@ -67,14 +67,14 @@ def load_model(
         kind: Its class.
         config: Its configuration.
         tokenizer: Its tokenizer.
-        settings: The request; decides on the dtype.
+        dtype: The weights'.
 
     Raises:
         CheckpointError: If weights are missing.
     """
     with transformers_errors(checkpoint):
         model, report = kind.from_pretrained(
-            checkpoint.folder, config=config, dtype=getattr(torch, settings.dtype), output_loading_info=True
+            checkpoint.folder, config=config, dtype=dtype, output_loading_info=True
         )
     if report["missing_keys"]:
         raise CheckpointError(

@@ -19,6 +19,7 @@ from fisher_mask_mergekit import prepass, store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from tests import tiny
+from tests.families import FAMILIES, build
 
 
 def run(*arguments: str | Path, code: int = 0) -> Result:
@@ -315,7 +316,7 @@ def _breaks(folder: Path, case: str) -> None:
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     elif case == "no head":
         save_file({k: v for k, v in state.items() if "classifier" not in k}, folder / "model.safetensors")
-    elif case == "no known site":
+    elif case == "other names":
         save_file(
             {k.replace("query", "quest").replace("inter", "enter"): v for k, v in state.items()},
             folder / "model.safetensors",
@@ -339,6 +340,13 @@ def _breaks(folder: Path, case: str) -> None:
         (folder / "config.json").write_text(json.dumps(config))
 
 
+def test_a_model_without_mask_nodes_is_one_error(tmp_path: Path, data: Path) -> None:
+    mamba = next(family for family in FAMILIES if family.name == "mamba")
+    folder = tiny.save(build(mamba), tmp_path / "mamba")
+    said = run("compute", folder, "--data", data, code=1).stderr
+    assert f"no mask site is known for {folder} (MambaForCausalLM); its tensors begin with backbone" in said
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
@@ -351,11 +359,11 @@ def _breaks(folder: Path, case: str) -> None:
             "no head",
             "has no classifier.bias, classifier.weight: it is not a complete BertForSequenceClassification",
         ),
-        ("no known site", "no mask site is known .* its tensors begin with bert.embeddings.LayerNorm"),
+        ("other names", "has no bert.encoder.layer.0.attention.self.query.bias, .* it is not a complete"),
         ("nan", "the loss of sample .* is nan"),
         ("causal", "is a BertLMHeadModel whose configuration says is_decoder: false"),
         ("no head class", "is a BertModel, which does not tell what it predicts; .* with --task"),
-        ("heads", "do not divide among 5 heads"),
+        ("heads", "transformers cannot load .*: The hidden size \\(32\\) is not a multiple"),
     ],
 )
 def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
@@ -383,7 +391,7 @@ def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
         (["MODEL", "--data", "DATA", "--device", "meta"], "device 'meta' cannot be used"),
         (["MODEL", "--data", "DATA", "--device", "toaster"], "device 'toaster' cannot be used"),
         (["MODEL", "--data", "DATA", "--out", "MODEL/config.json/x"], "cannot write .*; nothing was written"),
-        (["MODEL+adapter", "--data", "DATA"], "applies an adapter; merge it into its base first"),
+        (["MODEL+adapter", "--data", "DATA"], "cannot apply adapter to .*model: Can't find 'adapter_config"),
         (["none.yml"], "cannot read recipe none.yml: No such file"),
         (["DATA"], "data.jsonl is not YAML"),
     ],
