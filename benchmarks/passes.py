@@ -26,10 +26,10 @@ from transformers.utils import logging
 from fisher_mask_mergekit.batches import encode_samples, padded_batches
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples
-from fisher_mask_mergekit.fisher import NodeKey, mask_fisher
+from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.prepass import pick_device
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.tasks import Batch, Categorical, Task, Tokenization, task_of
 

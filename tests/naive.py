@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from fisher_mask_mergekit.fisher import NodeKey
-from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 

@@ -21,9 +21,10 @@ from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, probe, write
-from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, find_sites, row_fisher
+from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.store import BESIDE
+from fisher_mask_mergekit.table import find_sites
 from fisher_mask_mergekit.tasks import Batch, Categorical, Likelihood, SequenceClassification, task_of
 from tests import tiny, tiny_tasks
 from tests.families import FAMILIES, REMOTE, Fails, Family, Loses, Remote, build, inputs, sibling
@@ -236,7 +237,7 @@ def row_for(task: str, draw: tiny_tasks.Draw) -> dict[str, Any]:
         return " ".join(f"w{draw.number(5, 60)}" for _ in range(length))
 
     words = text(9)
-    return {
+    rows: dict[str, dict[str, Any]] = {
         "sequence-classification": {"text": words, "label": draw.number(0, 3)},
         "token-classification": {"tokens": words.split(), "tags": [draw.number(0, 3) for _ in range(9)]},
         "multiple-choice": {"question": words, "choices": [text(3), text(4)], "label": draw.number(0, 2)},
@@ -246,7 +247,8 @@ def row_for(task: str, draw: tiny_tasks.Draw) -> dict[str, Any]:
             "answers": {"text": [words.split()[0]], "answer_start": [0]},
         },
         "seq2seq-lm": {"source": words, "target": text(5)},
-    }.get(task, {"text": words})
+    }
+    return rows.get(task, {"text": words})
 
 
 @each

@@ -3,8 +3,9 @@
 from collections import Counter
 from pathlib import Path
 
-from fisher_mask_mergekit.sites import TABLE, Site
+from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of
+from fisher_mask_mergekit.table import TABLE
 from tests.families import FAMILIES, REMOTE, Fails, Family, Loses, build
 from tests.test_architectures import FLOAT32, precision
 

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.layout_check import check_layout
-from fisher_mask_mergekit.sites import find_sites
 from fisher_mask_mergekit.skeleton import sites_of
+from fisher_mask_mergekit.table import find_sites
 from tests import tiny
 from tests.families import FAMILIES, Family, build
 from tests.test_architectures import TASK, batches, model_of
