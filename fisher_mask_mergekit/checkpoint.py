@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, first_line
 
-# The same files that mergekit fetches, and vocabularies; a published sidecar comes along.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The same files that mergekit fetches, vocabularies, and code, which nothing runs without --trust-remote-code;
+# a published sidecar comes along.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",

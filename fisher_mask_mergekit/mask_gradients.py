@@ -37,6 +37,7 @@ class MaskGradients:
 
     @contextmanager
     def attached(self) -> Iterator["MaskGradients"]:
+        """Put the hooks on; take them off at the end."""
         with ExitStack() as stack:
             for site in self.sites:
                 before = site.kind == "ffn" and self.placement == "pre"

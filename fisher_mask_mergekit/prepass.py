@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.batches import lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
-from fisher_mask_mergekit.errors import MeasurementError, RecipeError
+from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError, first_line
 from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.layout_check import check_layout
@@ -93,7 +94,7 @@ def compute(
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
     on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
-    with _out_of_memory(batch_size):
+    with _model_errors(job, batch_size):
         measured = _measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
     seconds = time.perf_counter() - started
     fisher = {
@@ -125,8 +126,11 @@ def _load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
         values[name] = probe(tensor)
         if made:  # What only the loaded model has, fused from others, must not have lost digits yet.
             wide = torch.promote_types(wide, tensor.dtype)
-    model = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
+    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
     values |= {name: probe(model.get_parameter(name)) for name in made}
+    if dtype == torch.float64 and any(site.experts for site in job.sites):
+        # What transformers runs experts with otherwise has no float64.
+        model.set_experts_implementation("eager")
     if wide != dtype:
         for parameter in model.parameters():  # Not the buffers: rotary frequencies stay float32.
             parameter.data = parameter.data.to(dtype)
@@ -230,10 +234,18 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _out_of_memory(batch_size: int) -> Iterator[None]:
+def _model_errors(job: Job, batch_size: int) -> Iterator[None]:
+    """Turn what a model says of its inputs into one error."""
     try:
         yield
+    except FisherMaskError:
+        raise
     except torch.OutOfMemoryError as error:
         raise MeasurementError(
             f"the device has too little memory for batches of {batch_size}; take a smaller batch_size, or dtype bfloat16"
+        ) from error
+    except Exception as error:  # Whatever the architecture's code raises.
+        raise MeasurementError(
+            f"{job.checkpoint.name} ({job.model_class.__name__}) cannot be run on these samples: "
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error

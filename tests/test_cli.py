@@ -340,6 +340,13 @@ def _breaks(folder: Path, case: str) -> None:
         (folder / "config.json").write_text(json.dumps(config))
 
 
+def test_what_a_models_own_code_refuses_is_one_error(tmp_path: Path, data: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "chunked", chunk_size_feed_forward=4)
+    said = run("compute", folder, "--data", data, code=1).stderr
+    assert "(BertForSequenceClassification) cannot be run on these samples: ValueError: The dimension" in said
+    assert sidecars(tmp_path) == []
+
+
 def test_a_model_without_mask_nodes_is_one_error(tmp_path: Path, data: Path) -> None:
     mamba = next(family for family in FAMILIES if family.name == "mamba")
     folder = tiny.save(build(mamba), tmp_path / "mamba")
