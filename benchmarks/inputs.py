@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fisher_mask_mergekit.prepass import compute, pick_device, prepare
+from fisher_mask_mergekit.job import prepare
+from fisher_mask_mergekit.prepass import compute, pick_device
 from fisher_mask_mergekit.settings import FisherSettings
 
 VOCABULARY = 30522

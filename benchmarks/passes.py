@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from fisher_mask_mergekit.batches import encode_samples, padded_batches
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
-from fisher_mask_mergekit.data import load_samples, token_batches
-from fisher_mask_mergekit.fisher import NodeKey, mask_fisher
+from fisher_mask_mergekit.data import load_samples
+from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.prepass import pick_device
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.skeleton import sites_of
-from fisher_mask_mergekit.tasks import Batch, Task, task_of
+from fisher_mask_mergekit.tasks import Batch, Categorical, Task, Tokenization, task_of
 
 MOST_TOKENS = 512
 SLOW_REPEATS = 2
@@ -59,17 +60,17 @@ def load_workload(checkpoint: Path, data: str, samples: int, device: torch.devic
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     longest = min(MOST_TOKENS, tokenizer.model_max_length, model.config.max_position_embeddings)
-    batches = token_batches(
-        load_samples(settings, model.config.label2id),
+    task = task_of(model.config, str(checkpoint), settings)
+    batches = padded_batches(
+        encode_samples(load_samples(settings, task), task, Tokenization(tokenizer, longest)),
         tokenizer,
-        max_length=longest,
         batch_size=settings.batch_size,
         by_length=True,
         device=device,
     )
     sites = sites_of(model, tensor_shapes(locate(str(checkpoint))))
     model.eval().requires_grad_(False).to(device)
-    return Workload(model, list(batches), sites, task_of(model.config, str(checkpoint)), device)
+    return Workload(model, list(batches), sites, task, device)
 
 
 def pre_pass(work: Workload) -> dict[NodeKey, Tensor]:
@@ -130,7 +131,7 @@ def full_fisher(work: Workload, samples: list[Batch], *, exact: bool) -> list[Te
     parameters = list(work.model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     for sample in samples:
-        log_probs = work.task.likelihood(work.model, sample).log_probs[0]
+        log_probs = log_probabilities(work, sample)[0]
         labels = list(range(len(log_probs))) if exact else [int(sample.labels[0])]
         for label in labels:
             weight = float(log_probs[label].detach().exp()) if exact else 1.0
@@ -142,6 +143,13 @@ def full_fisher(work: Workload, samples: list[Batch], *, exact: bool) -> list[Te
                     total.addcmul_(gradient, gradient, value=weight)
     work.model.requires_grad_(False)
     return [total / len(samples) for total in sums]
+
+
+def log_probabilities(work: Workload, batch: Batch) -> Tensor:
+    """Of every label, ``[B, C]``."""
+    likelihood = work.task.likelihood(work.model, batch)
+    assert isinstance(likelihood, Categorical)
+    return likelihood.log_probs
 
 
 def single_samples(batches: list[Batch]) -> Iterator[Batch]:
@@ -237,7 +245,7 @@ def time_all(work: Workload, repeats: int) -> dict[str, Any]:
         "samples": len(singles),
         "full_fisher_samples": min(FULL_FISHER_SAMPLES, len(singles)),
         "exact_full_fisher_samples": min(EXACT_FULL_FISHER_SAMPLES, len(singles)),
-        "labels": work.task.likelihood(work.model, singles[0]).log_probs.shape[1],
+        "labels": log_probabilities(work, singles[0]).shape[1],
         "batches": [list(batch.inputs["input_ids"].shape) for batch in work.batches],
         "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in work.batches),
         "padded_tokens": sum(batch.inputs["input_ids"].numel() for batch in work.batches),

@@ -19,6 +19,7 @@ _UNEQUAL_LOSSES = 2.0
 
 _COMPARED: Mapping[str, Callable[[Metadata], Any]] = {
     "task": lambda metadata: metadata.task,
+    "loss": lambda metadata: metadata.settings.loss,
     "estimator": lambda metadata: metadata.settings.estimator,
     "mask_placement": lambda metadata: metadata.settings.mask_placement,
     "labels": lambda metadata: metadata.settings.labels,

@@ -16,8 +16,18 @@ from torch import Tensor
 
 from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, first_line
 
-# The same files that mergekit fetches, and vocabularies; a published sidecar comes along.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# The same files that mergekit fetches, vocabularies, and code, which nothing runs without --trust-remote-code;
+# a published sidecar comes along.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "chat_template*",
+)
 _LEGACY_NAMES = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 
 
@@ -26,7 +36,8 @@ class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
-        name: As the user named it: a local folder, or a hub id with or without ``@revision``.
+        name: As the user named it: a local folder, or a hub id with or without ``@revision``; either with
+            ``+adapter`` behind it.
         folder: Where its files are.
         revision: The hub's commit, None for a local folder.
     """
@@ -40,13 +51,15 @@ def locate(name: str) -> Checkpoint:
     """Find a checkpoint's files; download them if it is a hub id.
 
     Args:
-        name: Local folder, or hub id with or without ``@revision``.
+        name: Local folder, or hub id with or without ``@revision``; with ``+adapter``, the adapter is applied.
 
     Raises:
         CheckpointError: If it is neither, or has no configuration.
     """
     if "+" in name and not Path(name).exists():
-        raise CheckpointError(f"{name} applies an adapter; merge it into its base first and name the result")
+        from fisher_mask_mergekit.adapter import apply_adapter
+
+        return apply_adapter(name)
     path, _, wanted = name.partition("@")
     if Path(name).is_dir() or (not wanted and Path(path).is_dir()):
         checkpoint = Checkpoint(name, Path(name), None)

@@ -52,8 +52,30 @@ def compute(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples to draw. [default: 128]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw. [default: 0]")] = None,
-    text: Annotated[str | None, typer.Option(help="Text column, or two with a comma between.")] = None,
-    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    task: Annotated[
+        Literal[
+            "sequence-classification",
+            "token-classification",
+            "question-answering",
+            "multiple-choice",
+            "masked-lm",
+            "causal-lm",
+            "seq2seq-lm",
+        ]
+        | None,
+        typer.Option(help="What the checkpoint predicts. [default: told by its class]"),
+    ] = None,
+    loss: Annotated[
+        Literal["mean", "sum"] | None,
+        typer.Option(help="Mean or sum over what is predicted of a sample. [default: mean]"),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Column that the model reads, or several with commas between: text, question."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column that it is to predict: label, tags, answer.")
+    ] = None,
     label_map: Annotated[
         str | None, typer.Option(help="The data's labels to the checkpoint's: 'neg=0,pos=1'.")
     ] = None,
@@ -94,12 +116,18 @@ def compute(
     force: Annotated[
         bool, typer.Option("--force", help="Measure again even if the same was measured before.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint. No recipe can."),
+    ] = False,
 ) -> None:
     """Measure the checkpoints of a recipe, or one checkpoint, and write their sidecars."""
     given: dict[str, Any] = {
         "data": data,
         "samples": samples,
         "seed": seed,
+        "task": task,
+        "loss": loss,
         "text": text and (tuple(text.split(",")) if "," in text else text),
         "label": label,
         "max_length": max_length,
@@ -115,11 +143,15 @@ def compute(
         overrides = {name: value for name, value in given.items() if value is not None}
         wanted = list(_requests(target, overrides, out))
         from fisher_mask_mergekit import prepass
+        from fisher_mask_mergekit.job import prepare
 
         _silence_progress_bars()
         where = prepass.pick_device(device)
         # All that can be wrong is found before the first is measured.
-        jobs = [prepass.prepare(name, settings, out=path, force=force) for name, settings, path in wanted]
+        jobs = [
+            prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
+            for name, settings, path in wanted
+        ]
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             with _progress(name) as (on_start, on_batch):
                 outcome = prepass.compute(job, where, on_start=on_start, on_batch=on_batch)
@@ -192,7 +224,7 @@ def sites(
                 }
             )
             return
-        from fisher_mask_mergekit.tables import survey_lines
+        from fisher_mask_mergekit.printout import survey_lines
 
         _print_lines(survey_lines(found))
 
@@ -227,7 +259,7 @@ def inspect(
         if as_json:
             _print_json(inspection.as_json(sidecars, shares))
             return
-        from fisher_mask_mergekit.tables import share_lines, sidecar_lines
+        from fisher_mask_mergekit.printout import share_lines, sidecar_lines
 
         for sidecar in sidecars:
             _print_lines((*sidecar_lines(sidecar), ""))
@@ -385,10 +417,8 @@ def _report(name: str, outcome: "Outcome") -> None:
         _say(note)
     metadata = outcome.sidecar.metadata
     how = "measured before" if outcome.served else f"{outcome.seconds:.1f} s on {metadata.device}"
-    print(
-        f"{name}: {metadata.samples} samples, accuracy {metadata.accuracy:.3f}, loss {metadata.loss:.4f}, "
-        f"{how}, {outcome.path}"
-    )
+    accuracy = "" if metadata.accuracy is None else f"accuracy {metadata.accuracy:.3f}, "
+    print(f"{name}: {metadata.samples} samples, {accuracy}loss {metadata.loss:.4f}, {how}, {outcome.path}")
 
 
 def _say(text: str) -> None:

@@ -1,35 +1,20 @@
-"""From a data set's name to samples: loading, columns, labels, the draw, and token batches."""
+"""From a data set's name to samples: loading, and the draw."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy
-import torch
 
 from fisher_mask_mergekit.errors import DataError, first_line
-from fisher_mask_mergekit.labels import label_name, match_labels
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
-from fisher_mask_mergekit.tasks import Batch
+from fisher_mask_mergekit.tasks import Task
 
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("question1", "question2"),
-    ("text_a", "text_b"),
-    ("sentence",),
-    ("text",),
-    ("sentence1",),
-    ("text_a",),
-)
-LABEL_COLUMNS = ("label", "labels")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -77,22 +62,22 @@ class Samples:
     """The drawn samples.
 
     Attributes:
-        texts: One or two texts each.
-        labels: Indices of the checkpoint's labels.
+        texts: What the model reads, one tuple per sample.
+        labels: What it is to predict, as the task has it.
         record: Where they came from.
     """
 
-    texts: list[tuple[str, ...]]
-    labels: list[int]
+    texts: list[tuple[Any, ...]]
+    labels: list[Any]
     record: DataRecord
 
 
-def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Samples:
+def load_samples(settings: FisherSettings, task: Task) -> Samples:
     """Draw the samples that a request asks for.
 
     Args:
         settings: The request; ``data`` must be given.
-        label2id: The checkpoint's label names and indices.
+        task: What is read of a row.
 
     Raises:
         DataError: If the data cannot be read, has no usable columns or rows, or labels that the checkpoint
@@ -102,28 +87,22 @@ def load_samples(settings: FisherSettings, label2id: Mapping[str, int]) -> Sampl
     table = _load(spec)
     if len(table) == 0:
         raise DataError(f"data '{settings.data}' has no rows")
-    text, label = _columns(table.column_names, settings)
     order = numpy.random.default_rng(settings.seed).permutation(len(table))[: settings.samples]
-    rows = table.select(order)
-    texts = list(zip(*(_texts(rows[column], column, settings.data) for column in text), strict=True))
-    raw = list(rows[label])
-    mapping = match_labels(raw, table.features[label], label2id, settings)
+    drawn = task.read(table.select(order), settings)
     digest = hashlib.sha256()
-    for words, value in zip(texts, raw, strict=True):
-        digest.update(json.dumps([*words, mapping[value]]).encode() + b"\n")
+    for text, label in zip(drawn.texts, drawn.labels, strict=True):
+        digest.update(json.dumps([*text, label]).encode() + b"\n")
     record = DataRecord(
         split=spec.split,
         revision=None if spec.is_local else _loaded_revision(table, spec),
-        text=text,
-        label=label,
-        label_map={
-            str(label_name(table.features[label], value)): mapping[value] for value in sorted(mapping)
-        },
+        text=drawn.columns.text,
+        label=drawn.columns.label,
+        label_map=drawn.label_map,
         rows=len(table),
         digest=digest.hexdigest(),
-        majority=max(raw.count(value) for value in set(raw)) / len(raw),
+        majority=drawn.majority,
     )
-    return Samples(texts, [mapping[value] for value in raw], record)
+    return Samples(drawn.texts, drawn.labels, record)
 
 
 def _load(spec: DataSpec) -> datasets.Dataset:
@@ -186,78 +165,3 @@ def _loaded_revision(table: datasets.Dataset, spec: DataSpec) -> str | None:
             f"local copy is of revision {loaded}"
         )
     return loaded
-
-
-def _columns(names: Sequence[str], settings: FisherSettings) -> tuple[tuple[str, ...], str]:
-    there = f"its columns are {', '.join(names)}"
-    known = next((known for known in TEXT_COLUMNS if all(name in names for name in known)), ())
-    text: tuple[str, ...] = known if settings.text is None else _as_tuple(settings.text)
-    if not text:
-        raise DataError(f"no text column found in '{settings.data}'; {there}; name it with text")
-    label = (
-        settings.label
-        if settings.label is not None
-        else next((name for name in LABEL_COLUMNS if name in names), None)
-    )
-    if label is None:
-        raise DataError(f"no label column found in '{settings.data}'; {there}; name it with label")
-    missing = [name for name in (*text, label) if name not in names]
-    if missing:
-        raise DataError(f"'{settings.data}' has no column '{missing[0]}'; {there}")
-    return text, label
-
-
-def _as_tuple(text: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else text
-
-
-def _texts(column: Sequence[Any], name: str, data: str | None) -> list[str]:
-    for value in column:
-        if not isinstance(value, str):
-            raise DataError(f"'{data}': column '{name}' holds {type(value).__name__}, expected text")
-    return list(column)
-
-
-def token_batches(
-    samples: Samples,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    batch_size: int,
-    by_length: bool,
-    device: torch.device,
-) -> Iterator[Batch]:
-    """Tokenise, pad on the right and batch.
-
-    Args:
-        samples: What to batch.
-        tokenizer: The checkpoint's own.
-        max_length: Tokens per sample at most; longer ones are truncated.
-        batch_size: Samples per batch.
-        by_length: Whether to put samples of like length together, longest first, instead of in the
-            order drawn: less padding, and a lack of memory shows at once.
-        device: Where the batches go.
-    """
-    tokenizer.padding_side = "right"
-    encoded = [
-        tokenizer(*words, truncation=True, max_length=max_length, padding=False) for words in samples.texts
-    ]
-    for text, tokens in zip(samples.texts, encoded, strict=True):
-        if not tokens["input_ids"]:
-            raise DataError(f"a sample has no tokens: {text!r:.80}")
-    order = list(range(len(encoded)))
-    if by_length:
-        order.sort(key=lambda index: -len(encoded[index]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        rows = [encoded[i] for i in index]
-        padded = (
-            tokenizer.pad(rows, return_tensors="pt")
-            if len(rows) > 1
-            else rows[0].convert_to_tensors("pt", True)
-        )
-        yield Batch(
-            inputs={name: tensor.to(device) for name, tensor in padded.items()},
-            labels=torch.tensor([samples.labels[i] for i in index], device=device),
-            index=tuple(index),
-        )

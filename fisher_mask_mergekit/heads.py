@@ -10,21 +10,18 @@ from typing import Any, Literal
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_config, read_tensors, tensor_shapes
+from fisher_mask_mergekit.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    locate,
+    read_config,
+    read_tensors,
+    tensor_shapes,
+)
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 
 Pooler = Literal["own", "average"]
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "chat_template*",
-)
 
 
 def is_head(name: str) -> bool:
@@ -77,7 +74,7 @@ def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") 
 
 
 def _folder_names(models: list[str]) -> list[str]:
-    short = [model.partition("@")[0].rstrip("/").rpartition("/")[2] for model in models]
+    short = ["+".join(Path(part.partition("@")[0]).name for part in model.split("+")) for model in models]
     if len(set(short)) == len(short):
         return short
     return [model.strip("/").replace("/", "--") for model in models]
@@ -137,7 +134,7 @@ def _write(
     try:
         save_torch_state_dict(state, temporary)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for pattern in _TOKENIZER_FILES:
+        for pattern in TOKENIZER_FILES:
             for file in checkpoint.folder.glob(pattern):
                 shutil.copy(file, temporary / file.name)
         temporary.chmod(0o755)

@@ -69,6 +69,16 @@ def _mapped(
     return target
 
 
+def label_map(mapping: Mapping[Any, int], feature: Any) -> dict[str, int]:
+    """What :func:`match_labels` found, by the data's label names, as the sidecar keeps it."""
+    return {str(label_name(feature, value)): mapping[value] for value in sorted(mapping)}
+
+
+def match_name(name: str, label2id: Mapping[str, int]) -> int | None:
+    """The label of this name, however it is spelled."""
+    return {_normalise(label): index for label, index in label2id.items()}.get(_normalise(name))
+
+
 def label_name(feature: Any, value: Any) -> Any:
     """The name of a label, if its column has names; else the label itself."""
     return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else value

@@ -109,8 +109,10 @@ def _merge(
 ) -> Tensor:
     if group.base is not None and not group.non_base:
         return group.base.tensor
-    weights = [counted_weight(entry.id, weight[entry.id], entry.is_base) for entry in group.entries]
-    counted = [(entry, given) for entry, given in zip(group.entries, weights, strict=True) if given > 0]
+    # In an order of their own, so that not even the rounding depends on the recipe's.
+    entries = sorted(group.entries, key=lambda entry: str(entry.id))
+    weights = [counted_weight(entry.id, weight[entry.id], entry.is_base) for entry in entries]
+    counted = [(entry, given) for entry, given in zip(entries, weights, strict=True) if given > 0]
     if not counted:
         raise FisherMaskError("every model has weight 0")
     if len(counted) == 1:
@@ -183,9 +185,11 @@ def _read_once(path: Path, modified: int, size: int) -> Sidecar:
 def _checkpoint(model: Hashable) -> Checkpoint | None:
     """The files behind one of mergekit's input ids; None if it stands for none, as in-memory inputs do."""
     reference = getattr(model, "model", None)
-    if reference is None or getattr(model, "lora", None) is not None:
+    if reference is None:
         return None
     path = Path(reference.path)
+    if getattr(model, "lora", None) is not None:
+        return Checkpoint(str(model), path, None)
     if path.is_file():  # mergekit-pytorch names weight files.
         return Checkpoint(str(path.parent), path.parent, None)
     if path.is_dir():

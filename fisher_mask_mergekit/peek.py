@@ -18,7 +18,7 @@ from fisher_mask_mergekit.checkpoint import (
 )
 from fisher_mask_mergekit.errors import CheckpointError, first_line
 from fisher_mask_mergekit.skeleton import Shapes, skeleton
-from fisher_mask_mergekit.store import BESIDE
+from fisher_mask_mergekit.store import BESIDE, adapted
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,8 @@ def peek(name: str) -> Peeked:
     Raises:
         CheckpointError: If there is no such checkpoint, or it has no configuration or no weights.
     """
-    base, plus, _ = name.partition("+")
-    if plus and not Path(name).exists():
-        found = peek(base)
+    if reference := adapted(name):
+        found = peek(reference[0])
         return Peeked(Checkpoint(name, found.checkpoint.folder, None), found.shapes, False)
     path, _, wanted = name.partition("@")
     local = Path(name).exists() or (not wanted and Path(path).is_dir())

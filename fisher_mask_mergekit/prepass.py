@@ -1,82 +1,31 @@
-"""The pre-pass: one checkpoint and a request in, one sidecar out."""
+"""The pre-pass: a job in, one sidecar out."""
 
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.checkpoint import (
-    Checkpoint,
-    locate,
-    read_config,
-    read_tensors,
-    tensor_shapes,
-    transformers_errors,
-)
-from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec, token_batches
-from fisher_mask_mergekit.errors import (
-    CheckpointError,
-    MeasurementError,
-    RecipeError,
-    SidecarError,
-)
-from fisher_mask_mergekit.fisher import mask_fisher
-from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sidecar import (
-    FORMAT_VERSION,
-    Metadata,
-    Sidecar,
-    digest_of,
-    may_replace,
-    probe,
-    read,
-    write,
-)
-from fisher_mask_mergekit.sites import Site, stack_of
-from fisher_mask_mergekit.skeleton import sites_of, skeleton
-from fisher_mask_mergekit.tasks import Batch, Task, task_of
-
-_LONGEST = 512
-"""Tokens per sample at most, unless asked for more."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that was looked into: all that can be wrong without measuring is not.
-
-    Attributes:
-        checkpoint: What to measure.
-        config: Its transformers configuration.
-        task: What its loss is.
-        sites: Its mask nodes.
-        weights: Digest of its tensors.
-        settings: The request.
-        samples: What to measure on.
-        target: Where the sidecar goes.
-        elsewhere: Whether ``target`` is not a place where a merge looks by itself.
-        served: The sidecar that answers the request already, if there is one.
-    """
-
-    checkpoint: Checkpoint
-    config: Any
-    task: Task
-    sites: tuple[Site, ...]
-    weights: str
-    settings: FisherSettings
-    samples: Samples
-    target: Path
-    elsewhere: bool
-    served: Sidecar | None
+from fisher_mask_mergekit.batches import lacks_for_padding, padded_batches
+from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
+from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError, first_line
+from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
+from fisher_mask_mergekit.job import Inputs, Job
+from fisher_mask_mergekit.layout_check import check_layout
+from fisher_mask_mergekit.loading import load_model
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, write
+from fisher_mask_mergekit.sites import stack_of
+from fisher_mask_mergekit.tasks import Batch
 
 
 @dataclass(frozen=True)
@@ -116,39 +65,6 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare(name: str, settings: FisherSettings, *, out: Path | None = None, force: bool = False) -> Job:
-    """Find the checkpoint, its mask nodes and the samples, and see whether they were measured before.
-
-    Args:
-        name: Local folder or hub id.
-        settings: The request; ``data`` must be given.
-        out: Where to write; beside a local checkpoint, else to the cache, if not given.
-        force: Measure even if the same request was measured before.
-
-    Raises:
-        FisherMaskError: On bad input.
-    """
-    checkpoint = locate(name)
-    config = _transformers_config(checkpoint)
-    task = task_of(config, name)
-    shapes = tensor_shapes(checkpoint)
-    sites = _find_sites(checkpoint, config, shapes)
-    if out is not None and not may_replace(out):
-        raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
-    weights = digest_of(read_tensors(checkpoint, shapes))
-    found = None
-    for path in () if force else [out] if out else store.find_all(checkpoint):
-        found = found or _same_request(path, weights, settings)
-    if found is None or parse_spec(settings.data or "").is_local:
-        samples = load_samples(settings, config.label2id)
-        if found is not None and found.metadata.data.digest != samples.record.digest:
-            found = None
-    else:
-        samples = Samples([], [], found.metadata.data)
-    target = out or store.destination(checkpoint)
-    return Job(checkpoint, config, task, sites, weights, settings, samples, target, out is not None, found)
-
-
 def compute(
     job: Job,
     device: torch.device,
@@ -159,7 +75,7 @@ def compute(
     """Measure a checkpoint and write its sidecar, unless the same request was measured before.
 
     Args:
-        job: What :func:`prepare` found.
+        job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         device: Where to run.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
@@ -170,86 +86,137 @@ def compute(
     if job.served is not None:
         path = Path(job.served.source)
         return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
-    checkpoint, settings, samples = job.checkpoint, job.settings, job.samples
-    shapes = tensor_shapes(checkpoint)
-    names = {tensor.name for site in job.sites for tensor in site.tensors}
-    on_disk = names & shapes.keys()
-    model, tokenizer = _load(checkpoint, job.config, settings)
-    values = {name: probe(model.get_parameter(name)) for name in names - on_disk}
-    batch_size, notes = _batching(checkpoint.name, tokenizer, settings)
-    max_length = _max_length(model, tokenizer, settings)
-    batches = token_batches(
-        samples,
-        tokenizer,
-        max_length=max_length,
-        batch_size=batch_size,
-        by_length=settings.estimator == "sample",
-        device=device,
-    )
-    on_start(len(samples.texts))
+    assert job.inputs is not None
+    model, values = _load(job, job.inputs)
+    batch_size, notes = job.settings.batch_size, []
+    if lacking := lacks_for_padding(job.inputs.tokenizer):
+        batch_size = 1
+        notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
+    on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
-    with _out_of_memory(batch_size):
-        measured = mask_fisher(
-            model.to(device),
-            batches,
-            job.sites,
-            job.task,
-            labels=settings.labels,
-            estimator=settings.estimator,
-            mask_placement=settings.mask_placement,
-            seed=settings.seed,
-            on_batch=on_batch,
-        )
+    with _model_errors(job, batch_size):
+        measured = _measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
     seconds = time.perf_counter() - started
-    metadata = Metadata(
-        format_version=FORMAT_VERSION,
-        checkpoint=checkpoint.name,
-        revision=checkpoint.revision,
-        architecture=job.config.architectures[0],
-        task=job.task.name,
-        weights=job.weights,
-        settings=settings,
-        data=samples.record,
-        samples=measured.samples,
-        max_length=max_length,
-        accuracy=measured.accuracy,
-        loss=measured.loss,
-        versions=_versions(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        sites=job.sites,
-    )
     fisher = {
         site.output: {
             node: measured.fisher[site.output, node].to("cpu", torch.float32) for node in site.nodes()
         }
         for site in job.sites
     }
-    values |= {tensor: probe(value) for tensor, value in read_tensors(checkpoint, on_disk)}
-    sidecar = Sidecar(metadata, fisher, values, str(job.target))
+    sidecar = Sidecar(_metadata(job, job.inputs, measured, device), fisher, values, str(job.target))
     write(sidecar, job.target)
     if measured.one_by_one and batch_size > 1:
         notes.append(
-            f"{checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
+            f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
         )
     if measured.unreached:
         stacks = sorted({stack_of(output) for output in measured.unreached})
         notes.append(f"no sample ran through {', '.join(stacks)}: a merge averages it")
-    return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, metadata, job.target)))
+    return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, sidecar.metadata, job.target)))
+
+
+def _load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model in the dtype asked for, and the values that a merge will know its governed tensors by."""
+    dtype = getattr(torch, job.settings.dtype)
+    names = {tensor.name for site in job.sites for tensor in site.tensors}
+    filed = names & tensor_shapes(job.checkpoint).keys()
+    made = names - filed
+    values, wide = {}, dtype
+    for name, tensor in read_tensors(job.checkpoint, filed):
+        values[name] = probe(tensor)
+        if made:  # What only the loaded model has, fused from others, must not have lost digits yet.
+            wide = torch.promote_types(wide, tensor.dtype)
+    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
+    values |= {name: probe(model.get_parameter(name)) for name in made}
+    if dtype == torch.float64 and any(site.experts for site in job.sites):
+        # What transformers runs experts with otherwise has no float64.
+        model.set_experts_implementation("eager")
+    if wide != dtype:
+        for parameter in model.parameters():  # Not the buffers: rotary frequencies stay float32.
+            parameter.data = parameter.data.to(dtype)
+    return model, values
+
+
+def _measure(
+    job: Job,
+    inputs: Inputs,
+    model: nn.Module,
+    device: torch.device,
+    batch_size: int,
+    on_batch: Callable[[Batch], None],
+) -> MaskFisher:
+    settings = job.settings
+    batched = partial(
+        padded_batches,
+        inputs.encoded,
+        inputs.tokenizer,
+        by_length=settings.estimator == "sample",
+        device=device,
+    )
+    check_layout(model, job.task, next(iter(batched(batch_size=1))), job.sites)
+    return mask_fisher(
+        model,
+        batched(batch_size=batch_size),
+        job.sites,
+        job.task,
+        labels=settings.labels,
+        estimator=settings.estimator,
+        mask_placement=settings.mask_placement,
+        seed=settings.seed,
+        on_batch=on_batch,
+    )
+
+
+def _metadata(job: Job, inputs: Inputs, measured: MaskFisher, device: torch.device) -> Metadata:
+    return Metadata(
+        format_version=FORMAT_VERSION,
+        checkpoint=job.checkpoint.name,
+        revision=job.checkpoint.revision,
+        architecture=job.model_class.__name__,
+        task=job.task.kind,
+        weights=job.weights,
+        settings=job.settings,
+        data=job.data,
+        samples=measured.samples,
+        max_length=inputs.max_length,
+        truncated=inputs.encoded.truncated,
+        accuracy=None if math.isnan(measured.accuracy) else measured.accuracy,
+        loss=measured.loss,
+        versions=_versions(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        sites=job.sites,
+    )
 
 
 def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
     """What the user should know about a measurement, fresh or not."""
     notes = []
     asked, data = job.settings.samples, metadata.data
-    if metadata.samples < asked:
+    if data.rows < asked:
         notes.append(f"{job.settings.data} has {data.rows} rows, {asked} were asked for: used all")
+    drawn = min(asked, data.rows)
+    if metadata.samples < drawn:
+        notes.append(
+            f"{drawn - metadata.samples} of {drawn} samples held nothing to predict within {metadata.max_length} tokens "
+            "and were left out"
+        )
+    if metadata.truncated:
+        notes.append(
+            f"{metadata.truncated} of {metadata.samples} samples were longer than {metadata.max_length} tokens and were "
+            "truncated"
+        )
     kinds = {site.kind for site in job.sites}
     if len(kinds) == 1:
         notes.append(
             f"only {kinds.pop()} sites are known for {metadata.architecture}; a merge averages the rest of it"
         )
-    if metadata.accuracy <= data.majority and metadata.accuracy < 1:
+    if (
+        data.majority is not None
+        and metadata.accuracy is not None
+        and metadata.accuracy <= data.majority
+        and metadata.accuracy < 1
+    ):
         notes.append(
             f"WARNING: accuracy on the samples is {metadata.accuracy:.3f}, no better than always guessing the most "
             f"frequent label ({data.majority:.3f}). The data's labels probably do not match the checkpoint's: "
@@ -261,101 +228,24 @@ def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
     return notes
 
 
-def _batching(name: str, tokenizer: Any, settings: FisherSettings) -> tuple[int, list[str]]:
-    """Samples per batch, and what the user should know about it."""
-    if tokenizer.pad_token_id is not None:
-        return settings.batch_size, []
-    if settings.estimator == "batch":
-        raise CheckpointError(f"{name} has no padding token, so estimator 'batch' cannot batch its samples")
-    return 1, [f"{name} has no padding token: measuring one sample at a time"]
-
-
 def _versions() -> dict[str, str]:
     libraries = ("fisher-mask-mergekit", "torch", "transformers", "datasets")
     return {library: version(library) for library in libraries} | {"python": platform.python_version()}
 
 
 @contextmanager
-def _out_of_memory(batch_size: int) -> Iterator[None]:
+def _model_errors(job: Job, batch_size: int) -> Iterator[None]:
+    """Turn what a model says of its inputs into one error."""
     try:
         yield
+    except FisherMaskError:
+        raise
     except torch.OutOfMemoryError as error:
         raise MeasurementError(
             f"the device has too little memory for batches of {batch_size}; take a smaller batch_size, or dtype bfloat16"
         ) from error
-
-
-def _same_request(path: Path, weights: str, settings: FisherSettings) -> Sidecar | None:
-    """The sidecar at ``path`` if it answers this very request for these very weights.
-
-    Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
-    the caller to compare.
-    """
-    try:
-        sidecar = read(path)
-    except SidecarError:
-        return None
-    spec = parse_spec(settings.data or "")
-    if sidecar.metadata.settings != settings or sidecar.metadata.weights != weights:
-        return None
-    if not spec.is_local and hub_revision(spec) not in (sidecar.metadata.data.revision, None):
-        return None
-    return sidecar
-
-
-def _transformers_config(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig
-
-    read_config(checkpoint)
-    with transformers_errors(checkpoint):
-        return AutoConfig.from_pretrained(checkpoint.folder)
-
-
-def _load(checkpoint: Checkpoint, config: Any, settings: FisherSettings) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    with transformers_errors(checkpoint):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.folder, config=config, dtype=getattr(torch, settings.dtype), output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    if report["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint.name} has no {', '.join(sorted(report['missing_keys'])[:4])}: it is not a complete "
-            f"{config.architectures[0]}"
-        )
-    if tokenizer.pad_token_id is not None:
-        # Decoders find a sample's last token by it: it must be the one that batches are padded with.
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def _find_sites(
-    checkpoint: Checkpoint, config: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Site, ...]:
-    import transformers
-
-    with transformers_errors(checkpoint):
-        model = skeleton(getattr(transformers, config.architectures[0]), config)
-    try:
-        sites = sites_of(model, shapes)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.name}: {error}") from error
-    if not sites:
-        prefixes = sorted({".".join(name.split(".")[:3]) for name in shapes})
-        raise CheckpointError(
-            f"no mask site is known for {checkpoint.name} ({config.architectures[0]}); its tensors begin with "
-            f"{', '.join(prefixes[:8])}"
-        )
-    return sites
-
-
-def _max_length(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> int:
-    """What was asked for, but no more than the checkpoint can take; 512 at most if nothing was asked."""
-    limits = [tokenizer.model_max_length]
-    for module_name, module in model.named_modules():
-        if module_name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from behind the padding index.
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - offset)
-    return int(min(settings.max_length or _LONGEST, *limits, math.inf))
+    except Exception as error:  # Whatever the architecture's code raises.
+        raise MeasurementError(
+            f"{job.checkpoint.name} ({job.model_class.__name__}) cannot be run on these samples: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error

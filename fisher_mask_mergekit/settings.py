@@ -1,9 +1,19 @@
 """What to measure and how: the keys under ``fisher:`` in a recipe, and the options of ``compute``."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+TaskName = Literal[
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+    "masked-lm",
+    "causal-lm",
+    "seq2seq-lm",
+]
+Loss = Literal["mean", "sum"]
 Estimator = Literal["sample", "batch"]
 MaskPlacement = Literal["post", "pre"]
 Labels = Literal["data", "sampled", "exact"]
@@ -16,9 +26,12 @@ class FisherSettings(BaseModel):
     Attributes:
         data: Data set: ``path[:config[:split]][@revision]`` on the hub, or a local file or folder.
         samples: How many samples to draw, without replacement.
-        seed: Seed of that draw, and of the labels with ``labels: sampled``.
-        text: Text column, or two for pairs; found by convention if not given.
-        label: Label column; found by convention if not given.
+        seed: Seed of that draw, of the tokens masked for a masked LM, and of the labels with
+            ``labels: sampled``.
+        task: What the checkpoint predicts; told by its class if not given.
+        loss: A sample's loss is the mean over its own predictions (tokens, for one), or their sum.
+        text: Column of what the model reads, or several; found by convention if not given.
+        label: Column of what it is to predict; found by convention if not given.
         label_map: The data's label (name or index) to the checkpoint's (name or index).
         max_length: Tokens per sample at most; the checkpoint's own limit, at most 512, if not given.
         batch_size: Samples per batch. Part of the definition with ``estimator: batch``, else only of speed.
@@ -34,7 +47,9 @@ class FisherSettings(BaseModel):
     data: str | None = Field(default=None, min_length=1)
     samples: int = Field(default=128, ge=1)
     seed: int = Field(default=0, ge=0)
-    text: str | tuple[str, str] | None = None
+    task: TaskName | None = None
+    loss: Loss = "mean"
+    text: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: str | None = None
     label_map: dict[str | int, str | int] | None = None
     max_length: int | None = Field(default=None, ge=2)

@@ -45,21 +45,22 @@ class DataRecord(_Record):
         split: The split.
         revision: The data set's commit on the hub, if that is where it came from.
         text: The text columns.
-        label: The label column.
+        label: The label column; None where the text itself is predicted, or every label has a column.
         label_map: The data's label to the checkpoint's label index.
         rows: How many rows the data set has.
         digest: SHA-256 over the drawn rows' texts and labels, in order.
-        majority: The share of the drawn rows that have the most frequent label.
+        majority: The share of the drawn rows that have the most frequent label; None where a row has not one of a
+            set of labels.
     """
 
     split: str
     revision: str | None
     text: tuple[str, ...]
-    label: str
+    label: str | None
     label_map: dict[str, int]
     rows: int = Field(ge=1)
     digest: str
-    majority: float = Field(ge=0, le=1)
+    majority: float | None = Field(ge=0, le=1)
 
 
 class Metadata(_Record):
@@ -70,14 +71,15 @@ class Metadata(_Record):
         checkpoint: As the one who measured it named it.
         revision: The checkpoint's commit on the hub; None for a local folder.
         architecture: The checkpoint's class.
-        task: What the loss was, see :mod:`~fisher_mask_mergekit.tasks`.
+        task: What was predicted, see :mod:`~fisher_mask_mergekit.tasks`.
         weights: SHA-256 over the values that :func:`probe` takes of every tensor of the checkpoint.
         settings: The request.
         data: The samples.
         samples: N, how many were measured.
         max_length: Tokens per sample at most.
-        accuracy: On the samples.
-        loss: Mean negative log-likelihood of the data's labels, in nats.
+        truncated: How many samples were longer than that.
+        accuracy: Mean over samples of the share of right predictions; None where none can be right.
+        loss: Mean over samples of their loss, in nats.
         versions: Of the libraries that took part.
         device: What it ran on.
         date: When, ISO 8601 in UTC.
@@ -94,7 +96,8 @@ class Metadata(_Record):
     data: DataRecord
     samples: int = Field(ge=1)
     max_length: int = Field(ge=1)
-    accuracy: float = Field(ge=0, le=1)
+    truncated: int = Field(ge=0)
+    accuracy: float | None = Field(ge=0, le=1)
     loss: float = Field(allow_inf_nan=False)
     versions: dict[str, str]
     device: str
@@ -188,8 +191,8 @@ def probe(tensor: Tensor) -> Tensor:
     Value k is at ``(k * 2654435761) mod numel`` in row-major order.
     """
     count = tensor.numel()
-    positions = torch.arange(min(VALUES_PER_TENSOR, count)) * _STRIDE % count
-    return tensor.detach().reshape(-1)[positions.to(tensor.device)].cpu()
+    positions = torch.arange(min(VALUES_PER_TENSOR, count), device=tensor.device) * _STRIDE % count
+    return tensor.detach().reshape(-1)[positions].cpu()
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -13,7 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from fisher_mask_mergekit.sites import GovernedTensor, Site, find_sites
+from fisher_mask_mergekit.sites import GovernedTensor, Site
+from fisher_mask_mergekit.table import find_sites
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -22,17 +22,34 @@ def cache_folder() -> Path:
 
 def cached(checkpoint: Checkpoint) -> Path:
     """The checkpoint's place in the cache, keyed by id and revision, or by path for a local folder."""
-    if checkpoint.revision is None:
-        path = str(checkpoint.folder.resolve())
-        key = f"local--{checkpoint.folder.resolve().name}-{hashlib.sha256(path.encode()).hexdigest()[:16]}"
-    else:
+    if checkpoint.revision is not None:
         key = f"{checkpoint.name.partition('@')[0].replace('/', '--')}--{checkpoint.revision}"
+    else:
+        base, _, adapter = adapted(checkpoint.name) or (str(checkpoint.folder), "", "")
+        paths = [
+            str(Path(part).resolve()) if Path(part).exists() else part for part in (base, adapter) if part
+        ]
+        digest = hashlib.sha256("+".join(paths).encode()).hexdigest()[:16]
+        key = f"local--{Path(paths[-1]).name}-{digest}"
     return cache_folder() / key / BESIDE.name
+
+
+def adapted(name: str) -> tuple[str, str, str] | None:
+    """Base and adapter of a reference ``base+adapter``; None if the name is none."""
+    return name.partition("+") if "+" in name and not Path(name).exists() else None
+
+
+def _beside(checkpoint: Checkpoint) -> Path | None:
+    """In the checkpoint's folder; in the adapter's, if that is what was measured and it lies here."""
+    reference = adapted(checkpoint.name)
+    if reference is None:
+        return checkpoint.folder / BESIDE
+    return Path(reference[2]) / BESIDE if Path(reference[2]).is_dir() else None
 
 
 def find_all(checkpoint: Checkpoint) -> Iterator[Path]:
     """The checkpoint's sidecars in the order a merge prefers them: beside it, then in the cache."""
-    if (beside := checkpoint.folder / BESIDE).is_file():
+    if (beside := _beside(checkpoint)) and beside.is_file():
         yield beside
     if (kept := cached(checkpoint)).is_file():
         yield kept
@@ -46,6 +63,7 @@ def find(checkpoint: Checkpoint) -> Path | None:
 
 def destination(checkpoint: Checkpoint) -> Path:
     """Where ``compute`` writes: beside a local checkpoint; to the cache if that is a hub id or read-only."""
-    if checkpoint.revision is None and os.access(checkpoint.folder, os.W_OK):
-        return checkpoint.folder / BESIDE
+    beside = _beside(checkpoint)
+    if checkpoint.revision is None and beside and os.access(beside.parent.parent, os.W_OK):
+        return beside
     return cached(checkpoint)

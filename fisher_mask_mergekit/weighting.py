@@ -61,7 +61,8 @@ def shares(weights: Sequence[float], fishers: Sequence[Tensor] | None = None) ->
         :math:`s_j`, ``[M]`` or, with Fisher information, ``[M, ...]`` of its shape; float64, on the CPU. They sum
         to 1 over the models.
     """
-    plain = torch.tensor(weights, dtype=torch.float64)
+    # mergekit's executor for many GPUs makes the thread's GPU the default for new tensors.
+    plain = torch.tensor(weights, dtype=torch.float64, device="cpu")
     plain = plain / plain.max()  # So that no sum overflows.
     if fishers is None:
         return plain / plain.sum()
@@ -124,7 +125,7 @@ def _model_rows(
     """What one model's tensor is weighted by, broadcast to its shape; None for not at all."""
     if found is not None and found[1].layout != "mean":
         site, governed = found
-        plain = torch.ones(1, dtype=torch.float64)
+        plain = torch.ones(1, dtype=torch.float64, device="cpu")
         if unmasked != "average" and site.kind == "attention":
             plain = _site_mean(sidecar, site, normalize)
         return row_fisher(site, governed, _normalized(sidecar, site, normalize), plain)
@@ -144,7 +145,7 @@ def _site_mean(sidecar: Sidecar, site: Site, normalize: Normalize) -> Tensor:
 @lru_cache(maxsize=64)
 def _universal(sidecar: Sidecar, normalize: Normalize) -> Tensor:
     """Mean over attention sites of their mean plus mean over FFN sites of theirs, ``[1]``."""
-    total = torch.zeros(1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64, device="cpu")
     for kind in ("attention", "ffn"):
         means = [_site_mean(sidecar, site, normalize) for site in sidecar.metadata.sites if site.kind == kind]
         if means:

@@ -9,6 +9,8 @@ import pytest
 # Read when the libraries are imported, so set before any test module is.
 _home = tempfile.TemporaryDirectory(prefix="fisher-mask-tests-")
 os.environ |= {"HF_HOME": _home.name, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# The models are tiny and tests run side by side: threads that wait for each other would take most of the time.
+os.environ |= {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)

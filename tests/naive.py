@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from fisher_mask_mergekit.fisher import NodeKey
-from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
@@ -49,6 +48,7 @@ def _masked_weight(
         mask = (masks[site.output, "head_fisher"] * shared).repeat_interleave(site.head_dim)
     else:
         mask = masks[site.output, "neuron_fisher"]
+    mask = mask.to(weight.dtype)
     if before:
         layout = next(tensor.layout for tensor in site.tensors if tensor.name == name)
         ones = torch.ones_like(mask)

@@ -19,6 +19,7 @@ from fisher_mask_mergekit import prepass, store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from tests import tiny
+from tests.families import FAMILIES, build
 
 
 def run(*arguments: str | Path, code: int = 0) -> Result:
@@ -315,7 +316,7 @@ def _breaks(folder: Path, case: str) -> None:
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     elif case == "no head":
         save_file({k: v for k, v in state.items() if "classifier" not in k}, folder / "model.safetensors")
-    elif case == "no known site":
+    elif case == "other names":
         save_file(
             {k.replace("query", "quest").replace("inter", "enter"): v for k, v in state.items()},
             folder / "model.safetensors",
@@ -325,12 +326,32 @@ def _breaks(folder: Path, case: str) -> None:
         save_file(state, folder / "model.safetensors")
     elif case == "causal":
         config["architectures"] = ["BertLMHeadModel"]
-    elif case == "regression":
-        config["problem_type"] = "regression"
+    elif case == "no head class":
+        config["architectures"] = ["BertModel"]
+    elif case == "one label":
+        config |= {
+            "problem_type": "single_label_classification",
+            "id2label": {"0": "x"},
+            "label2id": {"x": 0},
+        }
     elif case == "heads":
         config["num_attention_heads"] = 5
-    if case in ("causal", "regression", "heads"):
+    if case in ("causal", "no head class", "heads"):
         (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_what_a_models_own_code_refuses_is_one_error(tmp_path: Path, data: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "chunked", chunk_size_feed_forward=4)
+    said = run("compute", folder, "--data", data, code=1).stderr
+    assert "(BertForSequenceClassification) cannot be run on these samples: ValueError: The dimension" in said
+    assert sidecars(tmp_path) == []
+
+
+def test_a_model_without_mask_nodes_is_one_error(tmp_path: Path, data: Path) -> None:
+    mamba = next(family for family in FAMILIES if family.name == "mamba")
+    folder = tiny.save(build(mamba), tmp_path / "mamba")
+    said = run("compute", folder, "--data", data, code=1).stderr
+    assert f"no mask site is known for {folder} (MambaForCausalLM); its tensors begin with backbone" in said
 
 
 @pytest.mark.parametrize(
@@ -345,11 +366,11 @@ def _breaks(folder: Path, case: str) -> None:
             "no head",
             "has no classifier.bias, classifier.weight: it is not a complete BertForSequenceClassification",
         ),
-        ("no known site", "no mask site is known .* its tensors begin with bert.embeddings.LayerNorm"),
+        ("other names", "has no bert.encoder.layer.0.attention.self.query.bias, .* it is not a complete"),
         ("nan", "the loss of sample .* is nan"),
-        ("causal", "is a BertLMHeadModel; the pre-pass measures sequence classifiers"),
-        ("regression", "problem type regression; the pre-pass measures single-label"),
-        ("heads", "do not divide among 5 heads"),
+        ("causal", "is a BertLMHeadModel whose configuration says is_decoder: false"),
+        ("no head class", "is a BertModel, which does not tell what it predicts; .* with --task"),
+        ("heads", "transformers cannot load .*: The hidden size \\(32\\) is not a multiple"),
     ],
 )
 def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
@@ -377,7 +398,7 @@ def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
         (["MODEL", "--data", "DATA", "--device", "meta"], "device 'meta' cannot be used"),
         (["MODEL", "--data", "DATA", "--device", "toaster"], "device 'toaster' cannot be used"),
         (["MODEL", "--data", "DATA", "--out", "MODEL/config.json/x"], "cannot write .*; nothing was written"),
-        (["MODEL+adapter", "--data", "DATA"], "applies an adapter; merge it into its base first"),
+        (["MODEL+adapter", "--data", "DATA"], "cannot apply adapter to .*model: Can't find 'adapter_config"),
         (["none.yml"], "cannot read recipe none.yml: No such file"),
         (["DATA"], "data.jsonl is not YAML"),
     ],

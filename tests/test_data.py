@@ -9,9 +9,26 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec, token_batches
-from fisher_mask_mergekit.errors import DataError
+from fisher_mask_mergekit.batches import encode_samples, lacks_for_padding, padded_batches
+from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
+from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec
+from fisher_mask_mergekit.errors import CheckpointError, DataError
 from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.tasks import (
+    IGNORED,
+    Batch,
+    CausalLM,
+    MaskedLM,
+    MultiLabelClassification,
+    MultipleChoice,
+    QuestionAnswering,
+    Regression,
+    Seq2SeqLM,
+    SequenceClassification,
+    Task,
+    TokenClassification,
+    Tokenization,
+)
 from tests import tiny
 
 GENERIC = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
@@ -19,7 +36,11 @@ NAMED = {"Negative": 0, "Positive": 1}
 
 
 def draw(data: Path | str, label2id: dict[str, int] | None = None, **settings: Any) -> Samples:
-    return load_samples(FisherSettings(data=str(data), **settings), label2id or GENERIC)
+    return draw_for(SequenceClassification(label2id=label2id or GENERIC), data, **settings)
+
+
+def draw_for(task: Task, data: Path | str, **settings: Any) -> Samples:
+    return load_samples(FisherSettings(data=str(data), **settings), task)
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> Path:
@@ -81,11 +102,7 @@ def test_the_draw_is_seeded_and_without_replacement(tmp_path: Path) -> None:
     assert (first.record.rows, first.record.split) == (50, "train")
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
-     ("text_a", "text_b"), ("sentence",), ("text",), ("sentence1",)],
-)  # fmt: skip
+@pytest.mark.parametrize("columns", TEXT_COLUMNS)
 def test_text_columns_by_convention(tmp_path: Path, columns: tuple[str, ...]) -> None:
     row = {"idx": 7, **{name: f"in {name}" for name in columns}, "label": 1}
     drawn = draw(jsonl(tmp_path / "d.jsonl", row))
@@ -217,25 +234,31 @@ def test_an_explicit_map_beats_names_and_indices(tmp_path: Path) -> None:
         assert by_text(draw(data, NAMED, label_map=label_map)) == {"w0": 0, "w1": 1}
 
 
+def batches(
+    samples: Samples, task: Task, size: int = 2, *, max_length: int = 9, by_length: bool = True
+) -> list[Batch]:
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = "left"
+    encoded = encode_samples(samples, task, Tokenization(tokenizer, max_length))
+    return list(
+        padded_batches(encoded, tokenizer, batch_size=size, by_length=by_length, device=torch.device("cpu"))
+    )
+
+
 def test_batches_are_right_padded_truncated_and_by_length(tmp_path: Path) -> None:
     texts: list[tuple[str, ...]] = [("w5 w6",), ("w5 w6 w7 w8 w9 w10",), ("w5",)]
     record = draw(jsonl(tmp_path / "d.jsonl", {"text": "x", "label": 0})).record
-    drawn = Samples(texts, [0, 1, 2], record)
-    tokenizer = tiny.tokenizer()
-    tokenizer.padding_side = "left"
-    made = list(
-        token_batches(
-            drawn, tokenizer, max_length=6, batch_size=2, by_length=True, device=torch.device("cpu")
-        )
-    )
+    drawn, task = Samples(texts, [0, 1, 2], record), SequenceClassification()
+    made = batches(drawn, task, max_length=6)
     assert [batch.index for batch in made] == [(1, 0), (2,)]
     assert_close(made[0].inputs["input_ids"], torch.tensor([[2, 5, 6, 7, 8, 3], [2, 5, 6, 3, 0, 0]]))
     assert_close(made[0].inputs["attention_mask"], torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]))
     assert_close(made[0].labels, torch.tensor([1, 0]))
-    in_order = token_batches(
-        drawn, tokenizer, max_length=6, batch_size=2, by_length=False, device=torch.device("cpu")
-    )
+    in_order = batches(drawn, task, max_length=6, by_length=False)
     assert [batch.index for batch in in_order] == [(0, 1), (2,)]
+    encoded = encode_samples(drawn, task, Tokenization(tiny.tokenizer(), 6))
+    assert (encoded.truncated, encoded.left_out) == (1, 0)
+    assert encode_samples(drawn, task, Tokenization(tiny.tokenizer(), 8)).truncated == 0
 
 
 def test_a_sample_without_tokens_is_an_error(tmp_path: Path) -> None:
@@ -243,16 +266,185 @@ def test_a_sample_without_tokens_is_an_error(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.post_processor = None
     drawn = draw(jsonl(tmp_path / "d.jsonl", {"text": "", "label": 0}))
     with pytest.raises(DataError, match=r"a sample has no tokens: \(''"):
-        list(
-            token_batches(
-                drawn, tokenizer, max_length=6, batch_size=2, by_length=True, device=torch.device("cpu")
-            )
-        )
+        encode_samples(drawn, SequenceClassification(), Tokenization(tokenizer, 6))
 
 
 def test_pairs_are_encoded_as_pairs(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "d.jsonl", {"premise": "w5", "hypothesis": "w6", "label": 0})
-    (batch,) = token_batches(
-        draw(data), tiny.tokenizer(), max_length=9, batch_size=2, by_length=True, device=torch.device("cpu")
-    )
+    (batch,) = batches(draw(data), SequenceClassification())
     assert_close(batch.inputs["input_ids"], torch.tensor([[2, 5, 3, 6, 3]]))
+
+
+def test_inputs_that_cannot_be_padded_are_an_error(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": 0} for text in ("w5", "w5 w6")]
+    encoded = encode_samples(
+        draw(jsonl(tmp_path / "d.jsonl", *rows)), SequenceClassification(), Tokenization(tiny.tokenizer(), 9)
+    )
+    for sample in encoded.samples.values():
+        sample.inputs["entity_ids"] = sample.inputs["input_ids"]
+    with pytest.raises(
+        CheckpointError, match="tokenizer gives entity_ids, which cannot be padded; take batch_size 1"
+    ):
+        list(
+            padded_batches(
+                encoded, tiny.tokenizer(), batch_size=2, by_length=True, device=torch.device("cpu")
+            )
+        )
+
+
+def test_without_a_padding_token_or_a_mask_nothing_is_padded() -> None:
+    tokenizer = tiny.tokenizer()
+    assert lacks_for_padding(tokenizer) is None
+    tokenizer.model_input_names = ["input_ids"]
+    assert lacks_for_padding(tokenizer) == "attention mask"
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    assert lacks_for_padding(tokenizer) == "padding token"
+
+
+TAGS = {"O": 0, "B-PER": 1, "I-PER": 2}
+CHAT = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+SPAN = {"text": ["w7 w8"], "answer_start": [3]}
+MULTI = MultiLabelClassification(label2id={"Joy": 0, "Fear": 1, "Rage": 2})
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "columns", "text", "label"),
+    [
+        *((TokenClassification(label2id=TAGS), {words: ["w5", "w6"], tags: [0, 1]}, ((words,), tags), ("w5", "w6"), [0, 1])
+          for words in ("tokens", "words") for tags in ("ner_tags", "pos_tags", "tags", "labels")),
+        (TokenClassification(label2id=TAGS), {"tokens": ["w5", "w6"], "tags": ["i-per", "O"]}, (("tokens",), "tags"), ("w5", "w6"), [2, 0]),
+        (TokenClassification(label2id=TAGS), {"tokens": ["w5", "w6"], "tags": [-100, 2]}, (("tokens",), "tags"), ("w5", "w6"), [IGNORED, 2]),
+        (QuestionAnswering(), {"question": "w5", "context": "w6 w7 w8", "answers": SPAN}, (("question", "context"), "answers"), ("w5", "w6 w7 w8"), [3, 8]),
+        (QuestionAnswering(), {"question": "w5", "context": "w6", "answers": {"text": [], "answer_start": []}}, (("question", "context"), "answers"), ("w5", "w6"), None),
+        (MaskedLM(), {"text": "w5", "label": 1}, (("text",), None), ("w5",), None),
+        (MaskedLM(), {"sentence": "w5"}, (("sentence",), None), ("w5",), None),
+        (CausalLM(), {"text": "w5", "label": 1}, (("text",), None), ("w5",), None),
+        (CausalLM(), {"content": "w5"}, (("content",), None), ("w5",), None),
+        (CausalLM(), {"text": "w4", "prompt": "w5", "completion": "w6"}, (("prompt",), "completion"), ("w5",), "w6"),
+        (CausalLM(), {"prompt": "w5", "response": "w6"}, (("prompt",), "response"), ("w5",), "w6"),
+        (CausalLM(), {"messages": [*CHAT, CHAT[0]]}, (("messages",), None), (CHAT[0],), CHAT[1]),
+        *((Seq2SeqLM(), {source: "w5", target: "w6"}, ((source,), target), ("w5",), "w6")
+          for source, target in (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("source", "target"),
+                                 ("input", "output"), ("question", "answer"), ("prompt", "completion"), ("text", "summary"),
+                                 ("text", "target"), ("text", "label"))),
+        *((MULTI, {"text": "w5", label: given}, (("text",), label), ("w5",), wanted)
+          for label in LABEL_COLUMNS
+          for given, wanted in (([0, 2], [1, 0, 1]), ([0, 0, 1], [0, 0, 1]), ([0.0, 1.0, 1.0], [0, 1, 1]), (["fear"], [0, 1, 0]), ([], [0, 0, 0]))),
+        (MULTI, {"text": "w5", "rage": 1, "joy": 0, "fear": True}, (("text",), None), ("w5",), [0, 1, 1]),
+        (Regression(label2id={"LABEL_0": 0}), {"sentence1": "w5", "sentence2": "w6", "label": 2.5}, (("sentence1", "sentence2"), "label"), ("w5", "w6"), [2.5]),
+        (Regression(label2id={"a": 0, "b": 1}), {"text": "w5", "labels": [1, 2.5]}, (("text",), "labels"), ("w5",), [1.0, 2.5]),
+        (MultipleChoice(), {"question": "w5", "choices": ["w6", "w7"], "answer": 1}, (("question", "choices"), "answer"), ("w5", "w6", "w7"), 1),
+        (MultipleChoice(), {"question": "w5", "choices": ["w6", "w7"], "label": "B"}, (("question", "choices"), "label"), ("w5", "w6", "w7"), 1),
+        (MultipleChoice(), {"question": "w5", "choices": {"text": ["w6", "w7"], "label": ["1", "2"]}, "answerKey": "2"}, (("question", "choices"), "answerKey"), ("w5", "w6", "w7"), 1),
+        (MultipleChoice(), {"question": "w5", **{f"choice{i}": f"w{i}" for i in range(4)}, "label": 3}, (("question", "choice0", "choice1", "choice2", "choice3"), "label"), ("w5", "w0", "w1", "w2", "w3"), 3),
+        (MultipleChoice(), {"sent1": "w5", "sent2": "w6", **{f"ending{i}": f"w{i}" for i in range(4)}, "label": 3}, (("sent1", "sent2", "ending0", "ending1", "ending2", "ending3"), "label"), ("w5", "w6 w0", "w6 w1", "w6 w2", "w6 w3"), 3),
+    ],
+)  # fmt: skip
+def test_what_a_task_reads_by_convention(
+    tmp_path: Path, task: Task, row: dict[str, Any], columns: Any, text: Any, label: Any
+) -> None:
+    drawn = draw_for(task, jsonl(tmp_path / "d.jsonl", row))
+    assert (drawn.record.text, drawn.record.label) == columns
+    assert drawn.texts == [text]
+    assert drawn.labels == [label]
+    assert drawn.record.majority is None
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "settings", "text", "label"),
+    [
+        (CausalLM(), {"q": "w5", "a": "w6", "text": "w7"}, {"text": "q", "label": "a"}, ("w5",), "w6"),
+        (CausalLM(), {"prompt": "w5", "completion": "w6"}, {"text": "prompt"}, ("w5",), None),
+        (CausalLM(), {"prompt": "w5", "a": "w6"}, {"label": "a"}, ("w5",), "w6"),
+        (CausalLM(), {"chat": CHAT, "text": "w5"}, {"text": "chat"}, (CHAT[0],), CHAT[1]),
+        (Seq2SeqLM(), {"text": "w4", "article": "w5", "summary": "w6"}, {"text": "article"}, ("w5",), "w6"),
+        (Seq2SeqLM(), {"en": "w5", "de": "w6"}, {"text": "en", "label": "de"}, ("w5",), "w6"),
+        (MaskedLM(), {"body": "w5", "text": "w6"}, {"text": "body"}, ("w5",), None),
+        (TokenClassification(label2id=TAGS), {"tokens": ["w5"], "ner_tags": [0], "chunks": [1]}, {"label": "chunks"}, ("w5",), [1]),
+        (QuestionAnswering(), {"q": "w5", "c": "w6 w7 w8", "a": SPAN}, {"text": ("q", "c"), "label": "a"}, ("w5", "w6 w7 w8"), [3, 8]),
+    ],
+)  # fmt: skip
+def test_columns_of_a_task_by_option(
+    tmp_path: Path, task: Task, row: dict[str, Any], settings: dict[str, Any], text: Any, label: Any
+) -> None:
+    drawn = draw_for(task, jsonl(tmp_path / "d.jsonl", row), **settings)
+    assert (drawn.texts, drawn.labels) == ([text], [label])
+
+
+def test_tags_match_by_name_where_both_have_names(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["I-PER", "O", "B-PER"])
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)}
+    )
+    table = {"tokens": [["w5", "w6", "w7"]], "ner_tags": [[0, 1, 2]]}
+    datasets.Dataset.from_dict(table, features).save_to_disk(tmp_path / "d")
+    drawn = draw_for(TokenClassification(label2id=TAGS), tmp_path / "d")
+    assert drawn.labels == [[2, 0, 1]]
+    assert drawn.record.label_map == {"I-PER": 2, "O": 0, "B-PER": 1}
+    mapped = {"I-PER": 0, "O": 1, "B-PER": 2}
+    assert draw_for(TokenClassification(label2id=TAGS), tmp_path / "d", label_map=mapped).labels == [
+        [0, 1, 2]
+    ]
+
+
+def test_several_labels_match_by_name(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["rage", "joy", "fear"])
+    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.List(names)})
+    table = {"text": ["w5"], "labels": [[0, 1, 1]]}
+    datasets.Dataset.from_dict(table, features).save_to_disk(tmp_path / "d")
+    drawn = draw_for(MULTI, tmp_path / "d")
+    assert drawn.labels == [[1, 0, 1]]
+    assert drawn.record.label_map == {"rage": 2, "joy": 0}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "settings", "message"),
+    [
+        (SequenceClassification(label2id=GENERIC), {"text": "x", "label": [0]}, {}, 'holds lists, but the checkpoint gives one label per text; .* "problem_type"'),
+        (SequenceClassification(label2id=GENERIC), {"text": "x", "label": 0}, {"text": ("a", "b", "c")}, "has no column 'a'"),
+        (SequenceClassification(label2id=GENERIC), {"a": "x", "b": "x", "c": "x", "label": 0}, {"text": ("a", "b", "c")}, "sequence-classification reads 2 text columns at most, text names 3"),
+        (TokenClassification(label2id=TAGS), {"tokens": "w5 w6", "tags": [0]}, {}, "column 'tokens' must hold lists of words, got 'w5 w6'"),
+        (TokenClassification(label2id=TAGS), {"tokens": ["w5", "w6"], "tags": [0]}, {}, "column 'tags' must hold a tag for each of the 2 words"),
+        (TokenClassification(label2id=TAGS), {"tokens": ["w5"], "tags": [3]}, {}, "label 3 has no counterpart"),
+        (TokenClassification(label2id=TAGS), {"text": "w5", "label": 0}, {}, "no text column found in .*; its columns are text, label"),
+        (TokenClassification(label2id=TAGS), {"tokens": ["w5"], "label": 0}, {}, "no label column found in"),
+        (QuestionAnswering(), {"question": "w5", "context": "w6", "answers": "w6"}, {}, r"column 'answers' must hold \{text: \[...\], answer_start: \[...\]\}, got 'w6'"),
+        (QuestionAnswering(), {"question": "w5", "context": "w6", "answers": {"text": ["w7"], "answer_start": [0]}}, {}, "answer_start 0 does not point at the answer 'w7'"),
+        (QuestionAnswering(), {"question": "w5", "context": "w6", "answers": {"text": [""], "answer_start": [0]}}, {}, "answer_start 0 does not point at the answer ''"),
+        (QuestionAnswering(), {"question": "w5", "context": "w6", "answers": SPAN}, {"text": "question"}, "reads a question and a context, text names 1"),
+        (MaskedLM(), {"body": "w5"}, {}, "no text column found"),
+        (MaskedLM(), {"text": "w5", "label": 0}, {"label": "label"}, "label names column 'label', but the task reads no label column"),
+        (MaskedLM(), {"text": ["w5"]}, {}, "column 'text' holds list, expected text"),
+        (CausalLM(), {"a": "w5", "b": "w6"}, {"text": ("a", "b")}, "causal-lm reads 1 text column at most, text names 2"),
+        (CausalLM(), {"prompt": "w5", "completion": 3}, {}, "column 'completion' holds int, expected text"),
+        (CausalLM(), {"messages": [{"from": "human", "value": "w5"}]}, {}, r"column 'messages' must hold chats, lists of \{role, content\}"),
+        (CausalLM(), {"messages": CHAT[:1]}, {}, "has no answer of the assistant's to anything"),
+        (CausalLM(), {"messages": CHAT[1:]}, {}, "has no answer of the assistant's to anything"),
+        (CausalLM(), {"input_ids": [5, 6], "position_ids": [0, 0]}, {}, r"holds token ids \(column input_ids\) and no text: samples that were packed into one sequence"),
+        (CausalLM(), {"input_ids": [5, 6]}, {"text": "input_ids"}, "column 'input_ids' must hold chats"),
+        (Seq2SeqLM(), {"document": "w5", "body": "w6"}, {}, "no label column found"),
+        (Seq2SeqLM(), {"document": "w5", "summary": None}, {}, "column 'summary' holds NoneType, expected text"),
+        (MULTI, {"text": "w5", "label": 1}, {}, "column 'label' holds int, expected lists: the labels that a text has, or a 0 or 1 for each of the 3"),
+        (MULTI, {"text": "w5", "labels": [3]}, {}, "label 3 has no counterpart"),
+        (MULTI, {"text": "w5", "joy": 2, "fear": 0, "rage": 0}, {}, "the labels' columns must hold 0 and 1"),
+        (MULTI, {"text": "w5", "joy": 1, "fear": 0}, {}, "no label column found"),
+        (Regression(label2id={"a": 0}), {"text": "w5", "label": "high"}, {}, "must hold 1 number per row, as many as the checkpoint gives, got .*high"),
+        (Regression(label2id={"a": 0, "b": 1}), {"text": "w5", "label": 1.5}, {}, "must hold 2 numbers per row"),
+        (Regression(label2id={"a": 0}), {"text": "w5", "label": None}, {}, "must hold 1 number per row"),
+        (MultipleChoice(), {"question": "w5", "choices": "w6 w7", "label": 0}, {}, "column 'choices' must hold lists of texts"),
+        (MultipleChoice(), {"question": "w5", "choices": ["w6"], "label": 0}, {}, "the same number of choices, at least 2; there are 1"),
+        (MultipleChoice(), {"question": "w5", "choices": ["w6", "w7"], "label": 2}, {}, "label 2 has no counterpart"),
+    ],
+)  # fmt: skip
+def test_data_of_another_kind_says_what_is_wrong(
+    tmp_path: Path, task: Task, row: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        draw_for(task, jsonl(tmp_path / "d.jsonl", row), **settings)
+
+
+def test_samples_with_unequal_choices_are_refused(tmp_path: Path) -> None:
+    rows = [{"question": "w5", "choices": [f"w{i}" for i in range(count)], "label": 0} for count in (2, 3)]
+    with pytest.raises(DataError, match="the same number of choices, at least 2; there are 2, 3"):
+        draw_for(MultipleChoice(), jsonl(tmp_path / "d.jsonl", *rows))

@@ -8,11 +8,20 @@ import typer
 from typer.testing import CliRunner
 
 from fisher_mask_mergekit.cli import app
-from fisher_mask_mergekit.data import LABEL_COLUMNS, TEXT_COLUMNS
+from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord, Metadata
 from fisher_mask_mergekit.sites import GovernedTensor, Site
+from fisher_mask_mergekit.tasks import (
+    CausalLM,
+    MaskedLM,
+    MultipleChoice,
+    QuestionAnswering,
+    Seq2SeqLM,
+    Task,
+    TokenClassification,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +60,24 @@ def test_the_reference_names_every_setting_and_column() -> None:
         assert " and ".join(columns) in re.sub(r"\s+", " ", page)
     for name in LABEL_COLUMNS:
         assert name in page
+
+
+OTHER_TASKS: list[type[Task]] = [
+    TokenClassification,
+    QuestionAnswering,
+    MultipleChoice,
+    MaskedLM,
+    CausalLM,
+    Seq2SeqLM,
+]
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS, ids=lambda task: task.name)
+def test_the_reference_names_every_tasks_columns(task: type[Task]) -> None:
+    (row,) = re.findall(rf"^\| `{task.name}` .*$", CLI.read_text(), flags=re.MULTILINE)
+    for layout in task.layouts:
+        for name in (*layout.text, *filter(None, [layout.label])):
+            assert re.search(rf"\b{name}\b", row), name
 
 
 def test_the_sidecar_page_names_every_field() -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fisher_mask_mergekit.errors import MeasurementError
-from fisher_mask_mergekit.fisher import MaskFisher, NodeKey, mask_fisher
-from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
+from fisher_mask_mergekit.sites import NodeKey, Site
 from tests import naive, tiny
 
 Sample = tuple[Tensor, int]

@@ -34,6 +34,7 @@ def metadata_for(sites: tuple[Site, ...], **changes: Any) -> Metadata:
         "checkpoint": "somebody/bert-sst2",
         "revision": "95f0f6f859b35c8ff0863ae3cd4e2dbc702c0ae2",
         "task": "sequence-classification",
+        "truncated": 0,
         "architecture": "BertForSequenceClassification",
         "weights": "00",
         "settings": FisherSettings(data="glue:sst2"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fisher_mask_mergekit.sites import find_sites
+from fisher_mask_mergekit.table import find_sites
 from tests import tiny
 
 LAYER = {

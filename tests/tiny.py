@@ -22,7 +22,7 @@ from transformers import (
 
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of as sites_of_model
-from fisher_mask_mergekit.tasks import Batch, Task
+from fisher_mask_mergekit.tasks import Batch, SequenceClassification
 
 VOCABULARY = 64
 _ENCODER = {
@@ -50,7 +50,7 @@ CONFIGS: dict[str, Any] = {
     "mistral": (MistralConfig, _DECODER | {"head_dim": 12}),
 }  # fmt: skip
 ARCHITECTURES = tuple(CONFIGS)
-TASK = Task("sequence-classification")
+TASK = SequenceClassification()
 
 
 def config_of(architecture: str, labels: int = 3, **changes: Any) -> Any:

@@ -1,0 +1,184 @@
+"""A request looked into: the checkpoint, its mask nodes and the samples, and whether they were measured before."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fisher_mask_mergekit import store
+from fisher_mask_mergekit.batches import EncodedSamples, encode_samples, lacks_for_padding
+from fisher_mask_mergekit.checkpoint import (
+    Checkpoint,
+    locate,
+    read_tensors,
+    tensor_shapes,
+    transformers_errors,
+)
+from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
+from fisher_mask_mergekit.errors import CheckpointError, SidecarError
+from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
+from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace, read
+from fisher_mask_mergekit.sites import Site
+from fisher_mask_mergekit.skeleton import sites_of, skeleton
+from fisher_mask_mergekit.tasks import Task, Tokenization, task_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The samples as the model takes them.
+
+    Attributes:
+        tokenizer: The checkpoint's.
+        max_length: Tokens per sample at most.
+        encoded: The samples.
+    """
+
+    tokenizer: Any
+    max_length: int
+    encoded: EncodedSamples
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was looked into: all that can be wrong without measuring is not.
+
+    Attributes:
+        checkpoint: What to measure.
+        config: Its transformers configuration.
+        model_class: What it is loaded with.
+        task: What its loss is.
+        sites: Its mask nodes.
+        weights: Digest of its tensors.
+        settings: The request.
+        data: What to measure on.
+        inputs: The same for the model; None if ``served``.
+        target: Where the sidecar goes.
+        elsewhere: Whether ``target`` is not a place where a merge looks by itself.
+        served: The sidecar that answers the request already, if there is one.
+    """
+
+    checkpoint: Checkpoint
+    config: Any
+    model_class: Any
+    task: Task
+    sites: tuple[Site, ...]
+    weights: str
+    settings: FisherSettings
+    data: DataRecord
+    inputs: Inputs | None
+    target: Path
+    elsewhere: bool
+    served: Sidecar | None
+
+
+def prepare(
+    name: str,
+    settings: FisherSettings,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Job:
+    """Find the checkpoint, its mask nodes and the samples, and see whether they were measured before.
+
+    Args:
+        name: Local folder or hub id.
+        settings: The request; ``data`` must be given.
+        out: Where to write; beside a local checkpoint, else to the cache, if not given.
+        force: Measure even if the same request was measured before.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
+
+    Raises:
+        FisherMaskError: On bad input.
+    """
+    checkpoint = locate(name)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    task = task_of(config, name, settings)
+    kind = class_of(checkpoint, config, task, trust_remote_code=trust_remote_code)
+    shapes = tensor_shapes(checkpoint)
+    with transformers_errors(checkpoint):
+        model = skeleton(kind, deepcopy(config))
+    sites = _find_sites(checkpoint, model, shapes)
+    if out is not None and not may_replace(out):
+        raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
+    weights = digest_of(read_tensors(checkpoint, shapes))
+    found = None
+    for path in () if force else [out] if out else store.find_all(checkpoint):
+        found = found or _same_request(path, weights, settings, task)
+    samples: Any = None
+    if found is None or parse_spec(settings.data or "").is_local:
+        samples = load_samples(settings, task)
+        if found is not None and found.metadata.data.digest != samples.record.digest:
+            found = None
+    inputs = None
+    if found is None:
+        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
+        inputs = _inputs(name, samples, task, model, tokenizer, settings)
+    return Job(
+        checkpoint=checkpoint,
+        config=config,
+        model_class=kind,
+        task=task,
+        sites=sites,
+        weights=weights,
+        settings=settings,
+        data=found.metadata.data if found else samples.record,
+        inputs=inputs,
+        target=out or store.destination(checkpoint),
+        elsewhere=out is not None,
+        served=found,
+    )
+
+
+def _inputs(
+    name: str, samples: Samples, task: Task, model: nn.Module, tokenizer: Any, settings: FisherSettings
+) -> Inputs:
+    lacking = lacks_for_padding(tokenizer)
+    if settings.estimator == "batch" and lacking:
+        raise CheckpointError(f"{name} has no {lacking}, so estimator 'batch' cannot batch its samples")
+    max_length = longest(model, tokenizer, settings)
+    how = Tokenization(tokenizer, max_length, settings.seed)
+    try:
+        return Inputs(tokenizer, max_length, encode_samples(samples, task, how))
+    except CheckpointError as error:  # A task does not know what the checkpoint is called.
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _same_request(path: Path, weights: str, settings: FisherSettings, task: Task) -> Sidecar | None:
+    """The sidecar at ``path`` if it answers this very request for these very weights.
+
+    Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
+    the caller to compare.
+    """
+    try:
+        sidecar = read(path)
+    except SidecarError:
+        return None
+    spec = parse_spec(settings.data or "")
+    if sidecar.metadata.settings != settings or sidecar.metadata.weights != weights:
+        return None
+    if sidecar.metadata.task != task.kind:  # The task may hang on the configuration, which is not a weight.
+        return None
+    if not spec.is_local and hub_revision(spec) not in (sidecar.metadata.data.revision, None):
+        return None
+    return sidecar
+
+
+def _find_sites(
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Site, ...]:
+    try:
+        sites = sites_of(model, shapes)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+    if not sites:
+        prefixes = sorted({".".join(name.split(".")[:3]) for name in shapes})
+        raise CheckpointError(
+            f"no mask site is known for {checkpoint.name} ({type(model).__name__}); its tensors begin with "
+            f"{', '.join(prefixes[:8])}"
+        )
+    return sites

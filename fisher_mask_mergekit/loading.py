@@ -1,0 +1,117 @@
+"""A checkpoint as transformers loads it: configuration, tokenizer, model, and how long a sample may be."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from fisher_mask_mergekit.checkpoint import Checkpoint, read_config, transformers_errors
+from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.tasks import Task, model_class, remote_code_error
+
+_LONGEST = 512
+"""Tokens per sample at most, unless asked for more."""
+
+
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
+    """The checkpoint's transformers configuration.
+
+    Raises:
+        CheckpointError: If transformers does not know it, or only code that comes with it does.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    raw = read_config(checkpoint)
+    own_code = "AutoConfig" in (raw.get("auto_map") or {}) and raw.get("model_type") not in CONFIG_MAPPING
+    if own_code and not trust_remote_code:
+        raise remote_code_error(checkpoint.name)
+    with transformers_errors(checkpoint):
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(checkpoint: Checkpoint, task: Task, *, trust_remote_code: bool) -> Any:
+    """The checkpoint's tokenizer, which takes single words as it takes them inside a text.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    def load(**options: Any) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, **options
+            )
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise remote_code_error(checkpoint.name) from error
+            raise
+
+    with transformers_errors(checkpoint):
+        tokenizer = load()
+        if task.name == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+            # Else every word is read as one that goes on where another ended.
+            tokenizer = load(add_prefix_space=True)
+        return tokenizer
+
+
+def load_model(
+    checkpoint: Checkpoint, kind: Any, config: Any, tokenizer: Any, dtype: torch.dtype
+) -> nn.Module:
+    """The checkpoint's model, whole.
+
+    Args:
+        checkpoint: Where it is.
+        kind: Its class.
+        config: Its configuration.
+        tokenizer: Its tokenizer.
+        dtype: The weights'.
+
+    Raises:
+        CheckpointError: If weights are missing.
+    """
+    with transformers_errors(checkpoint):
+        model, report = kind.from_pretrained(
+            checkpoint.folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.name} has no {', '.join(sorted(report['missing_keys'])[:4])}: it is not a complete "
+            f"{kind.__name__}"
+        )
+    text = model.config.get_text_config()
+    if tokenizer.pad_token_id is not None:
+        # Decoders find a sample's last token by it: it must be the one that batches are padded with.
+        text.pad_token_id = tokenizer.pad_token_id
+    # Nothing is generated: keys and values of earlier tokens need not be kept.
+    text.use_cache = False
+    return model
+
+
+def longest(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> int:
+    """Tokens per sample: what was asked for, else 512, but no more than the checkpoint can take.
+
+    Args:
+        model: The model; its weights do not matter.
+        tokenizer: Its tokenizer.
+        settings: The request.
+    """
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [tokenizer.model_max_length, limit if isinstance(limit, int) and limit > 0 else math.inf]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from behind the padding index.
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - offset)
+    return int(min(settings.max_length or _LONGEST, *limits))
+
+
+def class_of(checkpoint: Checkpoint, config: Any, task: Task, *, trust_remote_code: bool) -> Any:
+    """The class to load a checkpoint with, see :func:`~fisher_mask_mergekit.tasks.model_class`."""
+    with transformers_errors(checkpoint):
+        return model_class(
+            config, checkpoint.name, checkpoint.folder, task, trust_remote_code=trust_remote_code
+        )

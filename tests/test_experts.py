@@ -1,0 +1,85 @@
+"""Experts that share one tensor in memory and have tensors of their own in the checkpoint's files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
+from fisher_mask_mergekit.fisher import mask_fisher
+from fisher_mask_mergekit.job import prepare
+from fisher_mask_mergekit.prepass import compute
+from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.sidecar import Sidecar
+from fisher_mask_mergekit.sites import row_fisher
+from tests import tiny
+from tests.families import FAMILIES, build
+from tests.test_architectures import TASK, batches, model_of
+
+MIXTRAL = next(family for family in FAMILIES if family.name == "mixtral")
+FUSED = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def measured(folder: Path, data: Path, dtype: Any = "float32") -> Sidecar:
+    build(MIXTRAL).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    job = prepare(str(folder), FisherSettings(data=str(data), samples=6, dtype=dtype))
+    return compute(job, torch.device("cpu")).sidecar
+
+
+def test_an_expert_that_no_token_reached_has_zero() -> None:
+    model, sites = model_of(MIXTRAL)
+    reached: list[set[int]] = []
+    hook = model.model.layers[0].mlp.experts.register_forward_pre_hook(
+        lambda module, args: reached.append(set(args[1].flatten().tolist()))
+    )
+    # A single token reaches two of four experts.
+    (batch,) = batches(MIXTRAL, (1,))
+    inputs = {name: value[:, :1] for name, value in batch.inputs.items()}
+    got = mask_fisher(model, [type(batch)(inputs, batch.labels, batch.index)], sites, TASK)
+    hook.remove()
+    fisher = got.fisher["model.layers.0.mlp.experts.down_proj", "neuron_fisher"]
+    assert len(reached[0]) == 2
+    for expert in range(4):
+        assert bool((fisher[expert] > 0).any()) == (expert in reached[0])
+        assert bool((fisher[expert] == 0).all()) == (expert not in reached[0])
+
+
+def test_samples_run_one_at_a_time_whatever_the_batch() -> None:
+    model, sites = model_of(MIXTRAL)
+    together = mask_fisher(model, batches(MIXTRAL, (4,)), sites, TASK)
+    assert together.one_by_one
+    alone = mask_fisher(model, batches(MIXTRAL, (1,) * 4), sites, TASK)
+    assert_close(together.fisher, alone.fisher, rtol=1e-4, atol=1e-12)
+
+
+def test_a_governed_tensor_is_known_under_both_its_names(tmp_path: Path) -> None:
+    found = measured(tmp_path / "model", tiny.write_data(tmp_path / "data.jsonl"))
+    files = tensor_shapes(locate(str(tmp_path / "model")))
+    site, fused = found.governed[FUSED]
+    assert FUSED not in files
+    assert found.fisher[site.output]["neuron_fisher"].shape == (4, 40)
+    share = row_fisher(site, fused, found.fisher[site.output], torch.ones(1))
+    for expert in range(4):
+        for part, name in enumerate(("w1", "w3")):
+            single = f"model.layers.1.block_sparse_moe.experts.{expert}.{name}.weight"
+            assert single in files
+            own_site, own = found.governed[single]
+            assert own_site == site
+            rows = row_fisher(site, own, found.fisher[site.output], torch.ones(1))
+            assert_close(rows, share[expert, 40 * part : 40 * (part + 1)])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_values_of_fused_tensors_lose_no_digits_to_the_dtype_measured_in(
+    tmp_path: Path, dtype: str
+) -> None:
+    found = measured(tmp_path / "model", tiny.write_data(tmp_path / "data.jsonl"), dtype)
+    fused = build(MIXTRAL).get_parameter(FUSED).detach()
+    assert found.identify(FUSED, fused) is not None
+    assert found.identify(FUSED, fused.bfloat16()) is not None
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.float32
