@@ -116,6 +116,8 @@ def _merge(
     if not counted:
         raise FisherMaskError("every model has weight 0")
     if len(counted) == 1:
+        if group.base is not None and weight[group.base.id] is None:
+            _say_base_does_not_count(str(group.base.id), str(counted[0][0].id))
         return counted[0][0].tensor
     tensors, weights = [entry.tensor for entry, _ in counted], [given for _, given in counted]
     sidecars = [_sidecar(entry.id, sidecar[entry.id], missing) for entry, _ in counted]
@@ -127,17 +129,28 @@ def _merge(
     return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, normalize, unmasked))
 
 
-def _measurement(sidecar: Sidecar) -> tuple[str, str, str]:
+@lru_cache(maxsize=64)
+def _say_base_does_not_count(base: str, model: str) -> None:
+    """Warn, once: mergekit does not say whether a base model is one of the models that a recipe lists."""
+    logging.getLogger(__name__).warning(
+        "base_model %s has no weight, so it does not count, and what remains is %s as it is; "
+        "to merge the two, list it under models with  parameters: {weight: 1.0}",
+        base,
+        model,
+    )
+
+
+def _measurement(sidecar: Sidecar) -> tuple[str, ...]:
     settings = sidecar.metadata.settings
-    return settings.estimator, settings.mask_placement, settings.labels
+    return settings.estimator, settings.mask_placement, settings.labels, settings.loss
 
 
 @lru_cache(maxsize=64)
-def _compare_measurements(kinds: frozenset[tuple[str, str, str]]) -> None:
+def _compare_measurements(kinds: frozenset[tuple[str, ...]]) -> None:
     """Warn, once, of Fisher information that was not measured alike: its scales do not compare."""
     if len(kinds) > 1:
         logging.getLogger(__name__).warning(
-            "the models were not measured alike (estimator, mask_placement, labels): %s; "
+            "the models were not measured alike (estimator, mask_placement, labels, loss): %s; "
             "measure them with the same settings, or set normalize",
             "; ".join(", ".join(kind) for kind in sorted(kinds)),
         )

@@ -114,9 +114,20 @@ def fisher_rows(
     there = [fisher for fisher in rows if fisher is not None]
     if not there or None in sidecars:
         return None
-    if len(there) < len(rows) or len({fisher.shape for fisher in there}) > 1:
-        raise SidecarMismatchError("the models' sidecars disagree about which mask nodes govern this tensor")
+    nodes = {_described(known) for known in found}
+    if len(there) < len(rows) or len(nodes) > 1:
+        raise SidecarMismatchError(
+            f"the models' sidecars disagree about which mask nodes govern this tensor: {' and '.join(sorted(nodes))}"
+        )
     return there
+
+
+def _described(found: Found) -> str:
+    """The mask nodes that govern a tensor, and how."""
+    if found is None or found[1].layout == "mean":
+        return "none"
+    counts = (f"{node.removesuffix('_fisher')} {list(shape)}" for node, shape in found[0].nodes().items())
+    return f"{', '.join(counts)} in layout '{found[1].layout}'"
 
 
 def _model_rows(

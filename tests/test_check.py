@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from fisher_mask_mergekit import check_sidecars, store
-from fisher_mask_mergekit.check import check_recipe
+from fisher_mask_mergekit import store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.draft import draft_recipe
-from fisher_mask_mergekit.findings import Finding
-from fisher_mask_mergekit.peek import peek
+from fisher_mask_mergekit.preview import check_sidecars
+from fisher_mask_mergekit.preview.check import check_recipe
+from fisher_mask_mergekit.preview.findings import Finding
+from fisher_mask_mergekit.preview.peek import peek
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from tests import tiny

@@ -127,7 +127,7 @@ def test_sidecars_that_were_not_measured_alike_are_warned_of(
     other = sidecar.metadata.model_copy(update={"settings": settings})
     write(Sidecar(other, sidecar.fisher, sidecar.values), Path(inputs.paths[1]))
     inputs.merge()
-    assert caplog.text.count("batch, post, data; sample, post, data") == 1
+    assert caplog.text.count("batch, post, data, mean; sample, post, data, mean") == 1
 
 
 def test_the_order_of_three_models_does_not_matter(tmp_path: Path) -> None:
@@ -202,11 +202,13 @@ def test_normalize_divides_by_the_mean_of_the_same_kind_of_node(inputs: Inputs) 
         assert_close(inputs.merge(normalize=normalize)[QUERY], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_base_counts_only_with_a_weight(inputs: Inputs) -> None:
+def test_the_base_counts_only_with_a_weight(inputs: Inputs, caplog: pytest.LogCaptureFixture) -> None:
     without = merge_state_dicts(
         dict(enumerate(inputs.states)), "fisher_mask", base=1, parameters={"sidecar": ["", ""]}
     )
     assert_close(without, inputs.states[0], rtol=0, atol=0)
+    assert caplog.text.count("base_model 1 has no weight, so it does not count, and what remains is 0") == 1
+    caplog.clear()
     counted = merge_state_dicts(
         dict(enumerate(inputs.states)),
         "fisher_mask",
@@ -214,6 +216,7 @@ def test_the_base_counts_only_with_a_weight(inputs: Inputs) -> None:
         parameters={"sidecar": inputs.paths, "weight": [1.0, 1.0]},
     )
     assert_close(counted, inputs.merge(), rtol=0, atol=0)
+    assert not caplog.text
 
 
 def test_a_tensor_that_only_the_base_has_is_passed_through() -> None:
@@ -274,6 +277,15 @@ def test_sidecars_that_disagree_about_a_tensor_are_an_error(tmp_path: Path) -> N
     for unmasked in ("average", "universal"):
         with pytest.raises(MergeError, match="disagree about which mask nodes"):
             inputs.merge(unmasked=unmasked)
+
+
+def test_heads_of_another_number_in_tensors_of_the_same_shape_are_an_error(tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path)
+    other = tiny.classifier("bert", num_attention_heads=8, seed=1)
+    inputs.states[1] = dict(other.state_dict())
+    write(sidecar_for(other), Path(inputs.paths[1]))
+    with pytest.raises(MergeError, match=r"head \[4\].* in layout '[qk]' and head \[8\]"):
+        inputs.merge()
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])

@@ -70,7 +70,7 @@ def test_a_plain_import_of_torch_loads_nothing_heavy() -> None:
         ("prepass", "('mergekit', 'typer', 'fisher_mask_mergekit.method')"),
         ("cli", "('torch', 'transformers', 'datasets', 'mergekit', 'pydantic')"),
         ("recipe", "('torch', 'transformers', 'datasets', 'mergekit')"),
-        ("survey", "('mergekit', 'typer', 'datasets.load', 'fisher_mask_mergekit.prepass')"),
+        ("preview.survey", "('mergekit', 'typer', 'datasets.load', 'fisher_mask_mergekit.prepass')"),
         ("weighting", "('mergekit', 'typer', 'transformers', 'datasets.load')"),
     ],
 )
@@ -131,7 +131,7 @@ def test_the_wheel_registers_too(tmp_path: Path) -> None:
     assert output(where, PYTHONPATH=str(site)).startswith(str(site))
     assert output(LISTED, PYTHONPATH=str(site)) == "1"
     files = {str(file.relative_to(site)) for file in site.rglob("*") if file.is_file()}
-    assert "fisher_mask_mergekit/cli.py" in files
+    assert "fisher_mask_mergekit/cli/__init__.py" in files
     assert not any(file.startswith(("tests", "docs", "benchmarks")) for file in files)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fisher_mask_mergekit.checkpoint import modern, read_config
 from fisher_mask_mergekit.errors import CheckpointError
-from fisher_mask_mergekit.peek import Peeked, peek
+from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.table import find_sites

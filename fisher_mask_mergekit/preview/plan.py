@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import RecipeError, first_line
-from fisher_mask_mergekit.peek import Peeked
+from fisher_mask_mergekit.preview.peek import Peeked
 from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.skeleton import Shapes
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fisher_mask_mergekit.check_merge import check_merge, planned
-from fisher_mask_mergekit.check_sidecars import check_sidecars
 from fisher_mask_mergekit.checkpoint import read_config
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
-from fisher_mask_mergekit.findings import Finding
-from fisher_mask_mergekit.peek import Peeked, peek
-from fisher_mask_mergekit.plan import Output, read_document
+from fisher_mask_mergekit.preview.check_merge import check_merge, planned
+from fisher_mask_mergekit.preview.check_sidecars import check_sidecars
+from fisher_mask_mergekit.preview.findings import Finding
+from fisher_mask_mergekit.preview.peek import Peeked, peek
+from fisher_mask_mergekit.preview.plan import Output, read_document
 from fisher_mask_mergekit.recipe import METHOD, Recipe, read_recipe
 
 

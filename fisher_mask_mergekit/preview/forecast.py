@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
-from fisher_mask_mergekit.plan import Input, Output
+from fisher_mask_mergekit.preview.plan import Input, Output
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import row_fisher
 from fisher_mask_mergekit.weighting import Found, counted_weight, fisher_rows, shares

@@ -4,12 +4,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, first_line
-from fisher_mask_mergekit.findings import Finding, listed
-from fisher_mask_mergekit.forecast import counted
 from fisher_mask_mergekit.heads import is_head
-from fisher_mask_mergekit.losses import lost_tensors
-from fisher_mask_mergekit.peek import Peeked
-from fisher_mask_mergekit.plan import Output, plan_merge, read_document
+from fisher_mask_mergekit.preview.findings import Finding, listed
+from fisher_mask_mergekit.preview.forecast import counted
+from fisher_mask_mergekit.preview.losses import lost_tensors
+from fisher_mask_mergekit.preview.peek import Peeked
+from fisher_mask_mergekit.preview.plan import Output, plan_merge, read_document
 from fisher_mask_mergekit.recipe import METHOD, Recipe
 from fisher_mask_mergekit.sites import name_template
 

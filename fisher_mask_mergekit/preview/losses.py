@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fisher_mask_mergekit.plan import Output
+from fisher_mask_mergekit.preview.plan import Output
 from fisher_mask_mergekit.sites import name_template
 from fisher_mask_mergekit.skeleton import Shapes, renaming
 

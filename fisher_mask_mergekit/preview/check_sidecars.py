@@ -6,11 +6,11 @@ from typing import Any
 
 from fisher_mask_mergekit.checkpoint import modern, read_tensors
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
-from fisher_mask_mergekit.findings import Finding
-from fisher_mask_mergekit.forecast import counted, forecast
-from fisher_mask_mergekit.inspection import sidecar_of
-from fisher_mask_mergekit.peek import Peeked, same_weights
-from fisher_mask_mergekit.plan import Output
+from fisher_mask_mergekit.preview.findings import Finding
+from fisher_mask_mergekit.preview.forecast import counted, forecast
+from fisher_mask_mergekit.preview.inspection import sidecar_of
+from fisher_mask_mergekit.preview.peek import Peeked, same_weights
+from fisher_mask_mergekit.preview.plan import Output
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 from fisher_mask_mergekit.sidecar import Metadata, Sidecar
 

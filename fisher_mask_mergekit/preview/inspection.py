@@ -11,9 +11,9 @@ from torch import Tensor
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import RecipeError, SidecarNotFoundError
-from fisher_mask_mergekit.forecast import Forecast, forecast
-from fisher_mask_mergekit.peek import Peeked, peek
-from fisher_mask_mergekit.plan import Output, plan_merge
+from fisher_mask_mergekit.preview.forecast import Forecast, forecast
+from fisher_mask_mergekit.preview.peek import Peeked, peek
+from fisher_mask_mergekit.preview.plan import Output, plan_merge
 from fisher_mask_mergekit.recipe import METHOD, Recipe, RecipeModel
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.sites import name_template

@@ -1,0 +1,42 @@
+"""The command ``mergekit-fisher``."""
+
+from typing import Annotated
+
+import typer
+
+from fisher_mask_mergekit import __version__
+from fisher_mask_mergekit.cli.after import demo, heads
+from fisher_mask_mergekit.cli.before import check, init, inspect, sites
+from fisher_mask_mergekit.cli.compute import compute
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Measure the Fisher information of mask nodes, for mergekit's merge method fisher_mask.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (compute, init, sites, inspect, check, heads, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command."""
+    app()

@@ -1,0 +1,110 @@
+"""Before a merge: ``mergekit-fisher init``, ``sites``, ``inspect``, ``check``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fisher_mask_mergekit.cli.output import errors, print_json, print_lines, silence_loading
+from fisher_mask_mergekit.errors import RecipeError
+
+
+def init(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Checkpoints: folders or hub ids.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="What to measure a checkpoint on; repeat it, in the checkpoints' order."),
+    ] = None,
+) -> None:
+    """Print a recipe that merges the given checkpoints, also where their heads differ."""
+    with errors():
+        from fisher_mask_mergekit.draft import draft_recipe
+
+        print(draft_recipe(models, data or ()), end="")
+
+
+def sites(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder or its hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show where a checkpoint's mask nodes sit, what they govern, and what a merge averages."""
+    with errors():
+        from fisher_mask_mergekit.preview.survey import survey
+
+        silence_loading()
+        found = survey(model)
+        if as_json:
+            print_json(
+                {
+                    "checkpoint": found.checkpoint,
+                    "architecture": found.architecture,
+                    "is_checked": found.is_checked,
+                    "sites": [site.model_dump(mode="json") for site in found.sites],
+                    "averaged": dict(found.averaged),
+                }
+            )
+            return
+        from fisher_mask_mergekit.preview.printout import survey_lines
+
+        print_lines(survey_lines(found))
+
+
+def inspect(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SIDECAR...|RECIPE",
+            help="Sidecars, or folders of checkpoints that have one; or a recipe (.yml).",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what sidecars hold; of a recipe, also each model's share of what the merge weighs."""
+    with errors():
+        from fisher_mask_mergekit.preview import inspection
+        from fisher_mask_mergekit.recipe import read_recipe
+
+        shares: list[inspection.ShareStatistics] = []
+        models: list[str] = []
+        if any(Path(target).suffix in (".yml", ".yaml") for target in targets):
+            if len(targets) > 1:
+                raise RecipeError("inspect takes one recipe, or any number of sidecars")
+            silence_loading()
+            found, shares = inspection.recipe_shares(read_recipe(Path(targets[0])))
+            models = [name for name in found if any(name in one.shares for one in shares)]
+            sidecars = [sidecar for sidecar in found.values() if sidecar is not None]
+        else:
+            sidecars = [inspection.open_sidecar(Path(target)) for target in targets]
+        if as_json:
+            print_json(inspection.as_json(sidecars, shares))
+            return
+        from fisher_mask_mergekit.preview.printout import share_lines, sidecar_lines
+
+        for sidecar in sidecars:
+            print_lines((*sidecar_lines(sidecar), ""))
+        if models:
+            print_lines(share_lines(shares, models))
+
+
+def check(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (.yml).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look for what is wrong with a recipe before its merge; downloads no weights."""
+    with errors():
+        from dataclasses import asdict
+
+        from fisher_mask_mergekit.preview.check import check_recipe
+
+        silence_loading()
+        findings = check_recipe(recipe)
+        failed = any(finding.level == "error" for finding in findings)
+        if as_json:
+            print_json({"recipe": str(recipe), "ok": not failed, "findings": [asdict(f) for f in findings]})
+        else:
+            for finding in findings:
+                print(f"{finding.level}: {finding.what}: {finding.detail}\n  {finding.remedy}")
+            if not findings:
+                print("ok")
+        if failed:
+            raise typer.Exit(1)

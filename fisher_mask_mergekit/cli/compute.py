@@ -1,0 +1,198 @@
+"""``mergekit-fisher compute``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fisher_mask_mergekit.cli.output import errors, progress, say, silence_progress_bars
+from fisher_mask_mergekit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fisher_mask_mergekit.prepass import Outcome
+    from fisher_mask_mergekit.recipe import RecipeModel
+    from fisher_mask_mergekit.settings import FisherSettings
+
+
+def compute(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yml), a checkpoint's folder or its hub id."),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data set: path[:config[:split]][@revision], or a .jsonl, .csv or .parquet file."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples to draw. [default: 128]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draw. [default: 0]")] = None,
+    task: Annotated[
+        Literal[
+            "sequence-classification",
+            "token-classification",
+            "question-answering",
+            "multiple-choice",
+            "masked-lm",
+            "causal-lm",
+            "seq2seq-lm",
+        ]
+        | None,
+        typer.Option(help="What the checkpoint predicts. [default: told by its class]"),
+    ] = None,
+    loss: Annotated[
+        Literal["mean", "sum"] | None,
+        typer.Option(help="Mean or sum over what is predicted of a sample. [default: mean]"),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Column that the model reads, or several with commas between: text, question."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column that it is to predict: label, tags, answer.")
+    ] = None,
+    label_map: Annotated[
+        str | None, typer.Option(help="The data's labels to the checkpoint's: 'neg=0,pos=1'.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per sample at most. [default: the checkpoint's limit, at most 512]"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per batch. [default: 32]")] = None,
+    estimator: Annotated[
+        Literal["sample", "batch"] | None,
+        typer.Option(
+            help="Squared per-sample gradients, or the released code's squared batch gradients. [default: sample]"
+        ),
+    ] = None,
+    mask_placement: Annotated[
+        Literal["post", "pre"] | None,
+        typer.Option(help="Neuron mask after or before the activation. [default: post]"),
+    ] = None,
+    labels: Annotated[
+        Literal["data", "sampled", "exact"] | None,
+        typer.Option(
+            help="Labels of the data, drawn from the model, or the expectation over all. [default: data]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float64"] | None,
+        typer.Option(help="Dtype of the weights. [default: float32]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run. [default: cuda, else xpu, mps, cpu]")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the sidecar (one model only). [default: beside a local checkpoint, else the cache]"
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again even if the same was measured before.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint. No recipe can."),
+    ] = False,
+) -> None:
+    """Measure the checkpoints of a recipe, or one checkpoint, and write their sidecars."""
+    given: dict[str, Any] = {
+        "data": data,
+        "samples": samples,
+        "seed": seed,
+        "task": task,
+        "loss": loss,
+        "text": text and (tuple(text.split(",")) if "," in text else text),
+        "label": label,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "estimator": estimator,
+        "mask_placement": mask_placement,
+        "labels": labels,
+        "dtype": dtype,
+    }
+    with errors():
+        if label_map is not None:
+            given["label_map"] = _parse_label_map(label_map)
+        overrides = {name: value for name, value in given.items() if value is not None}
+        wanted = list(_requests(target, overrides, out))
+        from fisher_mask_mergekit import prepass
+        from fisher_mask_mergekit.job import prepare
+
+        silence_progress_bars()
+        where = prepass.pick_device(device)
+        # All that can be wrong is found before the first is measured.
+        jobs = [
+            prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
+            for name, settings, path in wanted
+        ]
+        for (name, _, _), job in zip(wanted, jobs, strict=True):
+            with progress(name) as (on_start, on_batch):
+                outcome = prepass.compute(job, where, on_start=on_start, on_batch=on_batch)
+            _report(name, outcome)
+
+
+def _requests(
+    target: str, overrides: dict[str, Any], out: Path | None
+) -> Iterator[tuple[str, "FisherSettings", Path | None]]:
+    """What to measure: model, settings, and where to write if not to the usual place."""
+    from pydantic import ValidationError
+
+    from fisher_mask_mergekit.recipe import METHOD, describe, read_recipe
+    from fisher_mask_mergekit.settings import FisherSettings
+
+    if Path(target).suffix not in (".yml", ".yaml") and not Path(target).is_file():
+        if "data" not in overrides:
+            raise RecipeError(
+                f"say what to measure {target} on:  mergekit-fisher compute {target} --data DATASET"
+            )
+        try:
+            yield target, FisherSettings.model_validate(overrides), out
+        except ValidationError as error:
+            raise RecipeError(describe(error)) from error
+        return
+    recipe = read_recipe(Path(target), overrides)
+    if recipe.method != METHOD:
+        say(f"{target}: merge_method is {recipe.method}, which uses no sidecars; measuring all the same")
+    measurable = [model for model in recipe.models if model.settings is not None]
+    for model in recipe.models:
+        if model.settings is None and not (model.is_base and model.weight is None):
+            _check_has_sidecar(model, target)
+    if out is not None and len(measurable) > 1:
+        raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
+    paths = [model.sidecar for model in measurable if model.sidecar]
+    if len(set(paths)) < len(paths):
+        raise RecipeError(f"{target}: two models have the same sidecar: {max(paths, key=paths.count)}")
+    for model in measurable:
+        assert model.settings is not None
+        yield model.name, model.settings, out or (Path(model.sidecar).expanduser() if model.sidecar else None)
+
+
+def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
+    """A model without data must have been measured by somebody else."""
+    from fisher_mask_mergekit import store
+    from fisher_mask_mergekit.checkpoint import locate
+
+    found = model.sidecar or store.find(locate(model.name))
+    if found is None:
+        raise RecipeError(
+            f"{recipe}: {model.name} has no sidecar and no data to measure it on; "
+            "add  fisher: {data: DATASET}  beside it"
+        )
+    say(f"{model.name}: no data in the recipe; its sidecar is {found}")
+
+
+def _parse_label_map(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(key.strip() and sign and value.strip() for key, sign, value in pairs):
+        raise RecipeError(f"--label-map: expected DATA=CHECKPOINT pairs with commas between, got '{text}'")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _report(name: str, outcome: "Outcome") -> None:
+    for note in outcome.notes:
+        say(note)
+    metadata = outcome.sidecar.metadata
+    how = "measured before" if outcome.served else f"{outcome.seconds:.1f} s on {metadata.device}"
+    accuracy = "" if metadata.accuracy is None else f"accuracy {metadata.accuracy:.3f}, "
+    print(f"{name}: {metadata.samples} samples, {accuracy}loss {metadata.loss:.4f}, {how}, {outcome.path}")

@@ -1,0 +1,94 @@
+"""What all commands print and how they end: nothing else prints or exits."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from fisher_mask_mergekit.errors import FisherMaskError
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn what a user can cause into one message and an exit code."""
+    try:
+        yield
+    except FisherMaskError as error:
+        say(f"{type(error).__name__}: {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted; no unfinished file was left")
+        raise typer.Exit(130) from None
+
+
+def say(text: str) -> None:
+    """On standard error: what is not the result."""
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """The result, for programs."""
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """The result, line by line."""
+    for line in lines:
+        print(line)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[tuple[Any, Any]]:
+    """A bar on standard error with samples, tokens per second and remaining time."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("samples, {task.fields[speed]:,.0f} tokens/s,"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),  # Else it leaves an empty line.
+    ) as bar:
+        task = bar.add_task(name, total=None, speed=0.0)
+        started = time.perf_counter()
+        tokens = 0
+
+        def on_start(samples: int) -> None:
+            nonlocal started
+            started = time.perf_counter()
+            bar.update(task, total=samples)
+
+        def on_batch(batch: Any) -> None:
+            nonlocal tokens
+            mask = batch.inputs.get("attention_mask", batch.inputs["input_ids"])
+            tokens += int(mask.count_nonzero())
+            bar.update(task, advance=len(batch.index), speed=tokens / (time.perf_counter() - started))
+
+        yield on_start, on_batch
+
+
+def silence_loading() -> None:
+    """What the libraries say while they read a checkpoint."""
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+
+
+def silence_progress_bars() -> None:
+    """The libraries' own bars, for loading weights and data, would break ours."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    silence_loading()
