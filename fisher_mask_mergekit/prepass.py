@@ -25,6 +25,7 @@ from fisher_mask_mergekit.layout_check import check_layout
 from fisher_mask_mergekit.loading import load_model
 from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, write
 from fisher_mask_mergekit.sites import stack_of
+from fisher_mask_mergekit.skeleton import sites_in
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -153,11 +154,12 @@ def _measure(
         by_length=settings.estimator == "sample",
         device=device,
     )
-    check_layout(model, job.task, next(iter(batched(batch_size=1))), job.sites)
+    sites = sites_in(model)  # As the model in memory is laid out, whatever the files are.
+    check_layout(model, job.task, next(iter(batched(batch_size=1))), sites)
     return mask_fisher(
         model,
         batched(batch_size=batch_size),
-        job.sites,
+        sites,
         job.task,
         labels=settings.labels,
         estimator=settings.estimator,

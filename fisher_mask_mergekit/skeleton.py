@@ -5,7 +5,7 @@ in memory, one by one on disk), and mergekit merges some under the one name and 
 nodes are those of the model in memory; the tensors that they govern are known under both names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,55 +27,89 @@ def skeleton(model_class: Any, config: Any) -> Any:
         return model_class._from_config(config)
 
 
+def sites_in(model: Any) -> tuple[Site, ...]:
+    """Find the mask nodes of a model in memory, and the tensors of it that they govern.
+
+    Args:
+        model: The model; its weights do not matter.
+
+    Raises:
+        ValueError: If a projection's rows cannot be divided among its heads (names the tensor).
+    """
+    return find_sites(
+        _shapes(model),
+        lambda path: heads_of(model, path),
+        transposed=_transposed(model),
+        model_type=model.config.model_type,
+    )
+
+
 def sites_of(model: Any, files: Shapes) -> tuple[Site, ...]:
-    """Find the mask nodes of a model, and all names of the tensors that they govern.
+    """Find the mask nodes of a checkpoint, and all names of the tensors that they govern.
+
+    They are those of the model in memory. Of a tensor whose files have it under the same name but laid out
+    otherwise, only the files' layout is given: mergekit takes it as it is.
 
     Args:
         model: The model; its weights do not matter.
         files: Names and shapes of the tensors in the checkpoint's files.
 
     Raises:
-        ValueError: If a projection's rows cannot be divided among its heads (names the tensor).
+        ValueError: If a projection's rows cannot be divided among its heads, or the files lack a site (names
+            the tensor).
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
-    model_type = model.config.model_type
-    sites = find_sites(
-        shapes, lambda path: heads_of(model, path), transposed=transposed, model_type=model_type
-    )
-    if all(tensor.name in files for site in sites for tensor in site.tensors):
+    sites = sites_in(model)
+    if all(files.get(tensor.name) == tensor.shape for site in sites for tensor in site.tensors):
         return sites
-    rename = renaming(model, shapes)
-    loaded = {name: rename(name) for name in files}
-    there = set(loaded.values())
     by_output = {name: site for site in sites for name in (site.output, f"{site.output}.weight")}
-    missing = [site.output for site in sites if not {site.output, f"{site.output}.weight"} & there]
+    rename = renaming(model, _shapes(model))
+    outputs = {name: by_output[loaded] for name in files if (loaded := rename(name)) in by_output}
+    missing = [site.output for site in sites if site not in outputs.values()]
     if missing:
         raise ValueError(f"its files have no {missing[0]}")
+    tensors = {
+        site.output: [t for t in site.tensors if files.get(t.name, t.shape) == t.shape] for site in sites
+    }
+    for site, tensor in _governed_in_files(model, files, rename, outputs):
+        if tensor.name not in {known.name for known in tensors[site.output]}:
+            tensors[site.output].append(tensor)
+    return tuple(
+        Site.model_validate(site.model_dump() | {"tensors": tuple(tensors[site.output])}) for site in sites
+    )
+
+
+def _governed_in_files(
+    model: Any, files: Shapes, rename: Callable[[str], str], outputs: Mapping[str, Site]
+) -> Iterator[tuple[Site, GovernedTensor]]:
+    """What the table finds among the files' names, and the site of the model in memory that each is of."""
+    transposed, known = _transposed(model), _shapes(model)
 
     def heads(path: str) -> int:
-        site = by_output.get(loaded.get(f"{path}.weight", ""))
+        site = outputs.get(f"{path}.weight")
         return site.heads if site else 0
 
-    on_disk = {name for name in files if loaded[name] in transposed}
-    extra: dict[str, list[GovernedTensor]] = {}
-    known = {path: shape for path, shape in files.items() if loaded[path] in shapes}
-    for found in find_sites(known, heads, transposed=on_disk, model_type=model_type):
-        weight = f"{found.output}.weight" if f"{found.output}.weight" in files else found.output
-        site = by_output.get(loaded[weight])
-        if site is None:
-            continue
-        expert = _number(found.output) if site.experts and not found.experts else None
-        known_names = {tensor.name for tensor in site.tensors}
-        extra.setdefault(site.output, []).extend(
-            tensor.model_copy(update={"expert": expert})
-            for tensor in found.tensors
-            if tensor.name not in known_names
-        )
-    return tuple(
-        Site.model_validate(site.model_dump() | {"tensors": (*site.tensors, *extra.get(site.output, ()))})
-        for site in sites
+    found = find_sites(
+        {name: shape for name, shape in files.items() if rename(name) in known},
+        heads,
+        transposed={name for name in files if rename(name) in transposed},
+        model_type=model.config.model_type,
     )
+    for on_disk in found:
+        site = outputs.get(f"{on_disk.output}.weight") or outputs.get(on_disk.output)
+        if site is not None:
+            apart = site.experts > 0 and not on_disk.experts
+            for tensor in on_disk.tensors:
+                expert = _number(on_disk.output) if apart else None
+                yield site, tensor.model_copy(update={"expert": expert})
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _transposed(model: Any) -> set[str]:
+    """Weights that are stored ``[in, out]``."""
+    return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def renaming(model: Any, shapes: Shapes) -> Callable[[str], str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
@@ -16,8 +16,9 @@ from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import row_fisher
 from tests import tiny
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, build, sibling
 from tests.test_architectures import TASK, batches, model_of
+from tests.test_end_to_end import quickly, weights_of
 
 MIXTRAL = next(family for family in FAMILIES if family.name == "mixtral")
 FUSED = "model.layers.1.mlp.experts.gate_up_proj"
@@ -83,3 +84,34 @@ def test_the_values_of_fused_tensors_lose_no_digits_to_the_dtype_measured_in(
     assert found.identify(FUSED, fused.bfloat16()) is not None
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert stored["model.embed_tokens.weight"].dtype == torch.float32
+
+
+def test_files_that_store_experts_transposed_are_merged_as_they_are(tmp_path: Path) -> None:
+    """The hub's Qwen3-VL-MoE files are [E, in, out]; mergekit takes them so, the model in memory does not."""
+    family = next(family for family in FAMILIES if family.name == "qwen3-vl-moe")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"text": "w{5 + row} w{6 + row} w{9 + row}"}}\n' for row in range(6)))
+    states, fishers = [], []
+    for name, seed in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        sibling(build(family), seed).save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+        state = {
+            key: value.transpose(1, 2).contiguous() if ".experts." in key else value
+            for key, value in load_file(folder / "model.safetensors").items()
+        }
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        states.append(state)
+        done = compute(prepare(str(folder), FisherSettings(data=str(data))), torch.device("cpu"))
+        fishers.append(done.sidecar.fisher)
+    lines = [f"  - {{model: {tmp_path / name}, parameters: {{weight: 1.0}}}}" for name in ("one", "two")]
+    head = f"merge_method: fisher_mask\nbase_model: {tmp_path / 'one'}\ndtype: float32\nmodels:"
+    (tmp_path / "recipe.yml").write_text("\n".join([head, *lines]))
+    quickly("mergekit-yaml", tmp_path / "recipe.yml", tmp_path / "merged", "--no-copy-tokenizer")
+    merged = weights_of(tmp_path / "merged")
+    experts = "model.language_model.layers.1.mlp.experts"
+    both = [fisher[f"{experts}.down_proj"]["neuron_fisher"] for fisher in fishers]
+    one, two = (torch.where(both[0] + both[1] > 0, fisher, 1.0).repeat(1, 2)[:, None, :] for fisher in both)
+    first, second = (state[f"{experts}.gate_up_proj"] for state in states)
+    assert first.shape == (4, 32, 80)
+    assert_close(merged[f"{experts}.gate_up_proj"], (one * first + two * second) / (one + two))
