@@ -65,6 +65,8 @@ def locate(name: str) -> Checkpoint:
         checkpoint = Checkpoint(name, Path(name), None)
     elif Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder or a hub id")
+    elif name.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no folder {name}")
     else:
         try:
             folder = Path(snapshot_download(path, revision=wanted or None, allow_patterns=_HUB_FILES))

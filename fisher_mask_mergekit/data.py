@@ -16,7 +16,7 @@ from fisher_mask_mergekit.sidecar import DataRecord
 from fisher_mask_mergekit.tasks import Task
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,11 @@ def load_samples(settings: FisherSettings, task: Task) -> Samples:
 
 def _load(spec: DataSpec) -> datasets.Dataset:
     path = Path(spec.path)
-    local_file = path.suffix in _LOADERS or path.is_file()
+    local_file = path.suffix in LOADERS or path.is_file()
     if local_file and not path.is_file():
         raise DataError(f"there is no data file {spec.path}")
-    if local_file and path.suffix not in _LOADERS:
-        raise DataError(
-            f"{spec.path}: expected one of {', '.join(_LOADERS)}, or a folder that datasets wrote"
-        )
+    if local_file and path.suffix not in LOADERS:
+        raise DataError(f"{spec.path}: expected one of {', '.join(LOADERS)}, or a folder that datasets wrote")
     one_split = local_file or (path / "state.json").is_file()
     if one_split and (spec.config or spec.revision or spec.split != "train"):
         raise DataError(
@@ -123,7 +121,7 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         raise DataError(f"data '{spec.path}' has no rows")
     try:
         if local_file:
-            return datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
         if (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(spec.path)[spec.split]
         if (path / "state.json").is_file():

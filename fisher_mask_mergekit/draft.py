@@ -36,10 +36,7 @@ def draft_recipe(names: Sequence[str], data: Sequence[str] = ()) -> str:
         raise RecipeError(f"got {len(data)} data sets for {len(names)} checkpoints")
     checkpoints = [locate(name) for name in names]
     # mergekit looks a relative path up on the hub when it writes the model card, and fails offline.
-    names = [
-        name if found.revision else str(found.folder.resolve())
-        for name, found in zip(names, checkpoints, strict=True)
-    ]
+    names = [store.absolute(name) for name in names]
     if len(set(names)) != len(names):
         raise RecipeError("a checkpoint is named twice")
     shapes = [tensor_shapes(checkpoint) for checkpoint in checkpoints]

@@ -140,6 +140,14 @@ def _say_base_does_not_count(base: str, model: str) -> None:
     )
 
 
+@lru_cache(maxsize=64)
+def _say_averaged(model: str) -> None:
+    """Warn, once per model."""
+    logging.getLogger(__name__).warning(
+        "there is no sidecar for %s: all models are averaged by weight", model
+    )
+
+
 def _measurement(sidecar: Sidecar) -> tuple[str, ...]:
     settings = sidecar.metadata.settings
     return settings.estimator, settings.mask_placement, settings.labels, settings.loss
@@ -173,6 +181,7 @@ def _sidecar(model: Hashable, given: str, missing: Missing) -> Sidecar | None:
         path = store.find(checkpoint) if checkpoint else None
     if path is None:
         if missing == "average":
+            _say_averaged(str(model))
             return None
         raise SidecarNotFoundError(f"there is no sidecar for {model}. Measure it:  {_compute_command(model)}")
     try:

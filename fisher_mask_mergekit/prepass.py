@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.batches import lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
-from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError, first_line
+from fisher_mask_mergekit.errors import (
+    FisherMaskError,
+    MeasurementError,
+    RecipeError,
+    SidecarError,
+    first_line,
+)
 from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.layout_check import check_layout
 from fisher_mask_mergekit.loading import load_model
-from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, write
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, read, write
 from fisher_mask_mergekit.sites import stack_of
 from fisher_mask_mergekit.skeleton import sites_in
 from fisher_mask_mergekit.tasks import Batch
@@ -105,6 +111,7 @@ def compute(
         for site in job.sites
     }
     sidecar = Sidecar(_metadata(job, job.inputs, measured, device), fisher, values, str(job.target))
+    notes += _replaced(job)
     write(sidecar, job.target)
     if measured.one_by_one and batch_size > 1:
         notes.append(
@@ -114,6 +121,17 @@ def compute(
         stacks = sorted({stack_of(output) for output in measured.unreached})
         notes.append(f"no sample ran through {', '.join(stacks)}: a merge averages it")
     return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, sidecar.metadata, job.target)))
+
+
+def _replaced(job: Job) -> list[str]:
+    """That an earlier measurement with other settings goes, and which settings those are."""
+    try:
+        earlier = read(job.target).metadata.settings.model_dump()
+    except SidecarError:
+        return []
+    now = job.settings.model_dump()
+    other = [f"{name} {earlier[name]!r}" for name in now if earlier[name] != now[name]]
+    return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
 
 def _load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -34,6 +34,12 @@ def cached(checkpoint: Checkpoint) -> Path:
     return cache_folder() / key / BESIDE.name
 
 
+def absolute(name: str) -> str:
+    """A checkpoint's name with local paths absolute, of a base and its adapter each."""
+    parts = name.split("+") if adapted(name) else [name]
+    return "+".join(str(Path(part).resolve()) if Path(part).exists() else part for part in parts)
+
+
 def adapted(name: str) -> tuple[str, str, str] | None:
     """Base and adapter of a reference ``base+adapter``; None if the name is none."""
     return name.partition("+") if "+" in name and not Path(name).exists() else None

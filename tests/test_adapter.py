@@ -99,3 +99,13 @@ def test_an_adapter_that_is_not_there(base: Path, tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data.jsonl")
     said = quickly("mergekit-fisher", "compute", f"{base}+{tmp_path / 'none'}", "--data", data, code=1)
     assert f"cannot apply {tmp_path / 'none'} to {base}" in said
+
+
+def test_a_drafted_recipe_names_base_and_adapter(
+    recipe: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drafted = yaml.safe_load(quickly("mergekit-fisher", "init", "base+one", "base+two"))
+    names = [f"{base}+{tmp_path / name}" for name in ("one", "two")]
+    assert [model["model"] for model in drafted["models"]] == names
+    assert drafted["base_model"] == names[0]

@@ -222,9 +222,10 @@ def test_the_command_that_measures_is_the_recipes_if_it_has_data(
 ) -> None:
     (pair[1] / store.BESIDE).unlink()
     entries = [
-        {"model": str(folder), "fisher": {"data": "words.jsonl"}, "parameters": {"weight": 1.0}}
+        {"model": str(folder), "fisher": {"data": "some/words"}, "parameters": {"weight": 1.0}}
         for folder in pair
     ]
+    measure(pair[0], settings=FisherSettings(data="some/words"))
     found = findings(tmp_path, pair, models=entries)
     assert only(found)[::3] == ("error", f"mergekit-fisher compute {tmp_path / 'recipe.yml'}")
     found = findings(tmp_path, pair, parameters={"missing": "average"})
@@ -330,7 +331,7 @@ def test_an_adapters_names_and_shapes_are_its_bases(pair: tuple[Path, Path], tmp
     peeked = peek(name)
     assert (peeked.shapes, peeked.readable) == (peek(str(pair[0])).shapes, False)
     found = findings(tmp_path, [name, pair[1]])
-    assert not [one for one in found if one.what != "sidecar"]
+    assert not [one for one in found if one.what not in ("sidecar", "adapter")]
 
 
 def test_weights_that_no_mask_node_governs_are_not_looked_at(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -367,3 +368,61 @@ def test_a_model_that_counts_alone_needs_no_sidecar(pair: tuple[Path, Path], tmp
         for folder, weight in zip(pair, (0, 1), strict=True)
     ]
     assert only(findings(tmp_path, [pair[0]], models=weights))[:2] == ("warning", "weight")
+
+
+def test_keys_that_nobody_reads(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    models = [{"model": str(model), "parameters": {"wieght": 2.0}, "fishr": {"data": "x"}} for model in pair]
+    recipe = recipe_for(
+        tmp_path, pair, models=models, parameters={"normalise": "model", "normalize": "model"}
+    )
+    said = [finding.detail for finding in check_recipe(recipe) if finding.what == "recipe"]
+    assert said == [
+        "fisher_mask has no parameter 'normalise': mergekit ignores it",
+        *["fisher_mask has no parameter 'wieght': mergekit ignores it", "nothing reads the key 'fishr'"] * 2,
+    ]
+
+
+def test_data_that_is_not_there(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    models = [
+        {"model": str(pair[0]), "fisher": {"data": str(tmp_path / "none.jsonl")}},
+        {"model": str(pair[1])},
+    ]
+    (finding,) = [
+        one for one in check_recipe(recipe_for(tmp_path, pair, models=models)) if one.what == "data"
+    ]
+    assert (finding.level, finding.detail.split(",")[0]) == (
+        "error",
+        f"there is no {tmp_path / 'none.jsonl'}",
+    )
+
+
+def test_a_sidecar_that_was_measured_otherwise_than_the_recipe_asks(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data = str(tiny.write_data(tmp_path / "data.jsonl"))
+    for seed, folder in enumerate(pair):
+        measure(folder, seed, settings=FisherSettings(data=data))
+    recipe = recipe_for(tmp_path, pair, fisher={"data": data})
+    assert check_recipe(recipe) == []
+    recipe = recipe_for(tmp_path, pair, fisher={"data": data, "samples": 200, "estimator": "batch"})
+    assert [f.detail.partition(" was ")[2] for f in check_recipe(recipe) if f.what == "sidecar"] == [
+        "measured with samples 128, not 200, estimator 'sample', not 'batch'"
+    ] * 2
+
+
+def test_names_that_mergekit_cannot_use_as_they_are(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [f.what for f in check_recipe(recipe_for(tmp_path, ["./one", "./two"]))] == []
+    found = check_recipe(recipe_for(tmp_path, ["one", "two"]))
+    assert [f.detail.split(" when ")[0] for f in found] == [
+        "mergekit asks the hub for 'one'",
+        "mergekit asks the hub for 'two'",
+    ]
+    assert found[0].remedy == f"model: {pair[0]}"
+    found = check_recipe(recipe_for(tmp_path, [f"{pair[0]}+{pair[1]}", str(pair[0])]))
+    assert [f.remedy for f in found if f.what == "adapter"] == ["mergekit-yaml ... --lora-merge-cache FOLDER"]
+    assert [f.detail for f in check_recipe(recipe_for(tmp_path, [pair[0], "./none"])) if f.level == "error"][
+        0
+    ] == ("there is no folder ./none")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import BertModel
 from typer.testing import CliRunner, Result
 
 from fisher_mask_mergekit import prepass, store
@@ -347,6 +348,22 @@ def test_what_a_models_own_code_refuses_is_one_error(tmp_path: Path, data: Path)
     assert sidecars(tmp_path) == []
 
 
+def test_a_class_without_a_head_is_one_error_also_with_a_task(tmp_path: Path, data: Path) -> None:
+    folder = tiny.save(BertModel(tiny.config_of("bert")), tmp_path / "headless")
+    said = run("compute", folder, "--data", data, "--task", "sequence-classification", code=1).stderr
+    assert f"{folder} is a BertModel, which has no head, and so no loss" in said
+
+
+def test_replacing_a_measurement_with_other_settings_is_said(model: Path, data: Path) -> None:
+    assert "replaced" not in run("compute", model, "--data", data, "--samples", "8").stderr
+    said = run("compute", model, "--data", data, "--samples", "12").stderr
+    assert "replaced the sidecar measured with samples 8; --out keeps both" in said
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(data: Path) -> None:
+    assert "there is no folder ./nope" in run("compute", "./nope", "--data", data, code=1).stderr
+
+
 def test_a_model_without_mask_nodes_is_one_error(tmp_path: Path, data: Path) -> None:
     mamba = next(family for family in FAMILIES if family.name == "mamba")
     folder = tiny.save(build(mamba), tmp_path / "mamba")
@@ -416,9 +433,8 @@ def test_bad_options_are_one_error(model: Path, data: Path, arguments: list[str]
 
 
 def test_no_such_checkpoint(data: Path) -> None:
-    for name in ("nosuch/model", "./nosuch"):
-        result = run("compute", name, "--data", data, code=1)
-        assert f"{name} is neither a folder here nor a checkpoint to be had from the hub: " in result.stderr
+    result = run("compute", "nosuch/model", "--data", data, code=1)
+    assert "nosuch/model is neither a folder here nor a checkpoint to be had from the hub: " in result.stderr
 
 
 def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fisher_mask_mergekit.checkpoint import read_config
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
+from fisher_mask_mergekit.preview.check_keys import check_keys
 from fisher_mask_mergekit.preview.check_merge import check_merge, planned
 from fisher_mask_mergekit.preview.check_sidecars import check_sidecars
 from fisher_mask_mergekit.preview.findings import Finding
@@ -29,7 +30,7 @@ def check_recipe(path: Path) -> list[Finding]:
     except RecipeError as error:
         return [Finding("error", "recipe", str(error), "correct the recipe; docs/cli.md lists the settings")]
     document = read_document(recipe)
-    findings = [*_settings(recipe, document)]
+    findings = [*_settings(recipe, document), *check_keys(recipe, document)]
     models: dict[str, Peeked] = {}
     for model in recipe.models:
         try:

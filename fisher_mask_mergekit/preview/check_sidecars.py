@@ -52,6 +52,7 @@ def check_sidecars(
             yield _absent(recipe, model, outputs)
         else:
             yield from _misfits(recipe, model, models[model.name], sidecar, outputs)
+            yield from _outdated(recipe, model, sidecar)
     yield from _disagreement(recipe, outputs, sidecars)
     normalized = any(output.parameters.get("normalize") in ("model", "layer") for output in outputs)
     yield from _unlike({name: one.metadata for name, one in sidecars.items() if one}, normalized)
@@ -100,6 +101,17 @@ def _misfits(
         yield from _other_values(model, peeked, sidecar, remedy)
     elif peeked.checkpoint.revision is not None:
         yield from _other_revision(model, peeked.checkpoint.revision, sidecar, remedy)
+
+
+def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar) -> Iterator[Finding]:
+    """Whether the recipe asks for another measurement by now."""
+    if model.settings is None:
+        return
+    asked, was = model.settings.model_dump(), sidecar.metadata.settings.model_dump()
+    other = [f"{name} {was[name]!r}, not {value!r}" for name, value in asked.items() if was[name] != value]
+    if other:
+        detail = f"'{sidecar.source}' was measured with {', '.join(other)}"
+        yield Finding("warning", "sidecar", detail, _compute(recipe, model))
 
 
 def _other_values(model: RecipeModel, peeked: Peeked, sidecar: Sidecar, remedy: str) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ class Finding:
     Attributes:
         level: ``error``: the merge fails, or is not what was asked for; ``warning``: it may not be.
         what: What it is about: ``recipe``, ``checkpoint``, ``architecture``, ``heads``, ``vocabulary``,
-            ``shapes``, ``loss``, ``weight``, ``sidecar``, ``measurement``, ``dtype``, ``base model``.
+            ``shapes``, ``loss``, ``weight``, ``sidecar``, ``measurement``, ``dtype``, ``base model``, ``data``, ``adapter``.
         detail: What was found, where.
         remedy: What to do or run.
     """

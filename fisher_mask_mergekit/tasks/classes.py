@@ -64,6 +64,8 @@ def task_of(config: Any, checkpoint: str, settings: FisherSettings) -> Task:
             f"{checkpoint} {is_one} does not tell what it predicts; if it has a head, say which with --task, or task "
             f"in the recipe: {', '.join(_AUTO_CLASSES)}"
         )
+    if architecture.endswith("Model") and told is None and architecture in _headless():
+        raise CheckpointError(f"{checkpoint} is a {architecture}, which has no head, and so no loss")
     if name == "causal-lm":
         _check_causal(config, architecture, checkpoint)
     task = _build(name, config, checkpoint, settings)
@@ -73,6 +75,14 @@ def task_of(config: Any, checkpoint: str, settings: FisherSettings) -> Task:
             f"({task.kind}) predicts several per sample: take labels 'data' or 'sampled'"
         )
     return task
+
+
+def _headless() -> set[str]:
+    """Transformers' classes without a head."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    listed = (kind if isinstance(kind, tuple) else (kind,) for kind in MODEL_MAPPING_NAMES.values())
+    return {name for kind in listed for name in kind}
 
 
 def _build(name: TaskName, config: Any, checkpoint: str, settings: FisherSettings) -> Task:

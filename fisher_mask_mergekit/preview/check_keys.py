@@ -1,0 +1,85 @@
+"""What a recipe says and nobody would read, or would read otherwise than meant."""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from fisher_mask_mergekit.data import LOADERS, parse_spec
+from fisher_mask_mergekit.errors import DataError
+from fisher_mask_mergekit.preview.findings import Finding
+from fisher_mask_mergekit.recipe import METHOD, Recipe
+from fisher_mask_mergekit.store import adapted
+
+PARAMETERS = ("weight", "sidecar", "normalize", "unmasked", "missing")
+
+
+def check_keys(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
+    """Look for keys that mergekit ignores, data that is not there, and names that mergekit cannot use.
+
+    Args:
+        recipe: The recipe as this package reads it.
+        document: The same as plain YAML.
+    """
+    if recipe.method == METHOD:
+        for section in _sections(document):
+            yield from _unknown(section)
+    for model in recipe.models:
+        yield from _name(model.name)
+        if model.settings is not None:
+            yield from _data(model.settings.data or "", model.name)
+
+
+def _sections(part: Any) -> Iterator[Mapping[str, Any]]:
+    """Every mapping of a recipe, but what is below ``parameters`` and ``fisher``."""
+    if isinstance(part, list):
+        for entry in part:
+            yield from _sections(entry)
+    elif isinstance(part, dict):
+        yield part
+        for key, value in part.items():
+            if key not in ("parameters", "fisher"):
+                yield from _sections(value)
+
+
+def _unknown(section: Mapping[str, Any]) -> Iterator[Finding]:
+    parameters = section.get("parameters")
+    for key in parameters if isinstance(parameters, dict) else ():
+        if key not in PARAMETERS:
+            yield Finding(
+                "warning", "recipe", f"{METHOD} has no parameter '{key}': mergekit ignores it",
+                f"one of {', '.join(PARAMETERS)}",
+            )  # fmt: skip
+    for key in section:
+        if key != "fisher" and get_close_matches(str(key), ["fisher"], cutoff=0.8):
+            yield Finding(
+                "warning", "recipe", f"nothing reads the key '{key}'", "fisher: says what to measure"
+            )
+
+
+def _name(name: str) -> Iterator[Finding]:
+    reference = adapted(name)
+    if reference is not None:
+        yield Finding(
+            "warning", "adapter", f"mergekit applies {reference[2]} only where it is given a folder to do it in",
+            "mergekit-yaml ... --lora-merge-cache FOLDER",
+        )  # fmt: skip
+    elif Path(name).is_dir() and not Path(name).is_absolute() and not name.startswith("."):
+        yield Finding(
+            "warning", "checkpoint", f"mergekit asks the hub for '{name}' when it writes the model card, and fails offline",
+            f"model: {Path(name).resolve()}",
+        )  # fmt: skip
+
+
+def _data(data: str, model: str) -> Iterator[Finding]:
+    try:
+        spec = parse_spec(data)
+    except DataError as error:
+        yield Finding("error", "data", str(error), f"correct fisher: {{data: ...}} of {model}")
+        return
+    local = spec.path.startswith((".", "/", "~")) or Path(spec.path).suffix in LOADERS
+    if local and not spec.is_local:
+        yield Finding(
+            "warning", "data", f"there is no {spec.path}, which {model} is to be measured on",
+            "paths are relative to where the command runs",
+        )  # fmt: skip
