@@ -391,7 +391,7 @@ def test_data_that_is_not_there(pair: tuple[Path, Path], tmp_path: Path) -> None
         one for one in check_recipe(recipe_for(tmp_path, pair, models=models)) if one.what == "data"
     ]
     assert (finding.level, finding.detail.split(",")[0]) == (
-        "error",
+        "warning",
         f"there is no {tmp_path / 'none.jsonl'}",
     )
 
