@@ -423,6 +423,6 @@ def test_names_that_mergekit_cannot_use_as_they_are(
     assert found[0].remedy == f"model: {pair[0]}"
     found = check_recipe(recipe_for(tmp_path, [f"{pair[0]}+{pair[1]}", str(pair[0])]))
     assert [f.remedy for f in found if f.what == "adapter"] == ["mergekit-yaml ... --lora-merge-cache FOLDER"]
-    assert [f.detail for f in check_recipe(recipe_for(tmp_path, [pair[0], "./none"])) if f.level == "error"][
-        0
-    ] == ("there is no folder ./none")
+    assert next(
+        f.detail for f in check_recipe(recipe_for(tmp_path, [pair[0], "./none"])) if f.level == "error"
+    ) == ("there is no folder ./none")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fisher_mask_mergekit.demo import commands, run_demo, story
-from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, OWN, Results
+from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, NORMALIZED, OWN, Results
 from fisher_mask_mergekit.demo.sizes import Sizes
 from fisher_mask_mergekit.demo.story import TASKS
 from fisher_mask_mergekit.demo.training import Rows, correct, train_tokenizer
@@ -67,7 +67,7 @@ def test_says_the_commands_it_runs(told: Told) -> None:
 def test_table_is_shown_and_written(told: Told) -> None:
     record = json.loads((told.out / "results.json").read_text())
     markdown = (told.out / "results.md").read_text()
-    assert list(record["accuracy"]) == [OWN, AVERAGE, MERGED]
+    assert list(record["accuracy"]) == [OWN, AVERAGE, MERGED, NORMALIZED]
     assert record["held_out_rows"] == {"banking77": 120, "clinc150": 120}
     assert record["normalised_mean"][OWN] == {"value": pytest.approx(100), "error": pytest.approx(0)}
     for line, accuracies in record["accuracy"].items():
@@ -80,7 +80,8 @@ def test_table_is_shown_and_written(told: Told) -> None:
 
 def test_written_accuracies_are_the_checkpoints_own(told: Told) -> None:
     record = json.loads((told.out / "results.json").read_text())
-    for line, folder in ((OWN, "models"), (AVERAGE, "tasks/average"), (MERGED, "tasks/fisher_mask")):
+    folders = ("models", "tasks/average", "tasks/fisher_mask", "tasks/normalized")
+    for line, folder in zip((OWN, AVERAGE, MERGED, NORMALIZED), folders, strict=True):
         for task in TASKS:
             rows = [
                 json.loads(row)
@@ -91,7 +92,7 @@ def test_written_accuracies_are_the_checkpoints_own(told: Told) -> None:
             assert found == pytest.approx(record["accuracy"][line][task]["value"])
 
 
-@pytest.mark.parametrize("merge", [AVERAGE, MERGED])
+@pytest.mark.parametrize("merge", ["average", "fisher_mask", "normalized"])
 @pytest.mark.parametrize("task", TASKS)
 def test_checkpoint_per_task_loads_complete(told: Told, merge: str, task: str) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -205,7 +206,12 @@ def _results(seed: int, rows: int = 400) -> Results:
     own, average = generator.random(rows) < 0.9, generator.random(rows) < 0.6
     better = average | (generator.random(rows) < 0.1)
     return Results(
-        {OWN: {"a": own, "b": own}, AVERAGE: {"a": average, "b": ~own}, MERGED: {"a": better, "b": ~own}}
+        {
+            OWN: {"a": own, "b": own},
+            AVERAGE: {"a": average, "b": ~own},
+            MERGED: {"a": better, "b": ~own},
+            NORMALIZED: {"a": average, "b": ~own},
+        }
     )
 
 
@@ -245,9 +251,11 @@ def test_normalised_mean_by_hand() -> None:
 
 def test_noise_is_not_called_a_gain() -> None:
     results = _results(0)
-    assert "beyond two standard errors" in results.caution()
-    same = Results(dict.fromkeys((OWN, AVERAGE, MERGED), results.correct[AVERAGE]))
-    assert "cannot tell the two merges apart" in same.caution()
+    first, second = (line for line in results.caution().splitlines() if "minus average" in line)
+    assert first.startswith(f"{MERGED} minus")
+    assert "beyond two standard errors" in first
+    assert second.startswith(f"{NORMALIZED} minus")
+    assert "cannot tell the two merges apart" in second
 
 
 def test_model_that_is_never_right() -> None:

@@ -11,6 +11,7 @@ from fisher_mask_mergekit.errors import MeasurementError
 OWN = "fine-tuned"
 AVERAGE = "average"
 MERGED = "fisher_mask"
+NORMALIZED = "fisher_mask, normalize"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Results:
     """Who classified which held-out row as labelled.
 
     Attributes:
-        correct: Per line of the table (:data:`OWN`, :data:`AVERAGE`, :data:`MERGED`) and task, ``[N]``, bool.
+        correct: Per line of the table (:data:`OWN`, :data:`AVERAGE`, :data:`MERGED`, :data:`NORMALIZED`) and task, ``[N]``, bool.
     """
 
     correct: Mapping[str, Mapping[str, numpy.ndarray]]
@@ -98,16 +99,22 @@ class Results:
     def caution(self) -> str:
         """How much the table can tell."""
         counts = ", ".join(f"{len(rows)} of {task}" for task, rows in self.correct[OWN].items())
-        gain = self.normalised_mean(MERGED, minus=AVERAGE)
+        gains = "".join(f"{self._gain(line)}\n" for line in (MERGED, NORMALIZED))
+        return (
+            f"Held-out rows: {counts}. ± is one standard error from the draw of those rows.\n"
+            "Normalised: a merge's accuracy in per cent of the fine-tuned model's own; the mean is over the tasks.\n"
+            f"{gains}One parent, one seed: how much another seed would change is not in these numbers."
+        )
+
+    def _gain(self, line: str) -> str:
+        gain = self.normalised_mean(line, minus=AVERAGE)
         if abs(gain.value) <= 2 * gain.error:
             verdict = "within two standard errors: these rows cannot tell the two merges apart"
         else:
             verdict = "beyond two standard errors: more than the draw of these rows explains"
         return (
-            f"Held-out rows: {counts}. ± is one standard error from the draw of those rows.\n"
-            f"{MERGED} minus {AVERAGE}, on the same rows: {gain.value:+.1f} ± {gain.error:.1f} normalised points, "
-            f"{verdict}.\n"
-            "One parent, one seed: how much another seed would change is not in these numbers."
+            f"{line} minus {AVERAGE}, on the same rows: {gain.value:+.1f} ± {gain.error:.1f} normalised points, "
+            f"{verdict}."
         )
 
     def record(self) -> dict[str, object]:
@@ -118,7 +125,9 @@ class Results:
                 line: {task: vars(self.accuracy(line, task)) for task in self.tasks} for line in self.correct
             },
             "normalised_mean": {line: vars(self.normalised_mean(line)) for line in self.correct},
-            "fisher_mask_minus_average": vars(self.normalised_mean(MERGED, minus=AVERAGE)),
+            "minus_average": {
+                line: vars(self.normalised_mean(line, minus=AVERAGE)) for line in (MERGED, NORMALIZED)
+            },
         }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.demo.commands import run_command, spell
-from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, OWN, Results
+from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, NORMALIZED, OWN, Results
 from fisher_mask_mergekit.demo.sizes import SEED, Sizes
 from fisher_mask_mergekit.demo.training import Rows, correct, fine_tune, pretrain, train_tokenizer
 from fisher_mask_mergekit.draft import draft_recipe
@@ -20,6 +20,9 @@ from fisher_mask_mergekit.report import head_fisher_map
 from fisher_mask_mergekit.sidecar import read
 
 TASKS = ("banking77", "clinc150")
+_MERGES = {AVERAGE: "average", MERGED: "fisher_mask", NORMALIZED: "normalized"}
+_RECIPES = {"average": "average.yml", "fisher_mask": "recipe.yml", "normalized": "normalized.yml"}
+_ALIKE = "parameters: {normalize: model}"
 Say = Callable[[str], None]
 
 
@@ -45,21 +48,22 @@ def tell(out: Path, say: Say, sizes: Sizes) -> None:
     say(f"[1/7] Two tasks of real text: {counts}.")
     _train(out, tasks, say, sizes)
     _draft(out, say)
-    command = ["mergekit-fisher", "compute", str(out / "recipe.yml")]
-    say("[4/7] Measure the Fisher information of both models' mask nodes.")
-    say(spell(command))
-    for line in run_command(command).splitlines():
-        say(f"    {line}")
+    say("[4/7] Measure the Fisher information of both models' mask nodes, and see whether the merge will do.")
+    for name in ("compute", "check"):
+        command = ["mergekit-fisher", name, str(out / "recipe.yml")]
+        say(spell(command))
+        for line in run_command(command).splitlines():
+            say(f"    {line}")
     _merge(out, say)
     say("[6/7] Evaluate on the held-out rows.")
-    lines = {OWN: "models", AVERAGE: f"tasks/{AVERAGE}", MERGED: f"tasks/{MERGED}"}
+    lines = {OWN: "models"} | {line: f"tasks/{name}" for line, name in _MERGES.items()}
     results = Results(
         {
             line: {task.name: correct(out / folder / task.name, task.held_out) for task in tasks}
             for line, folder in lines.items()
         }
     )
-    say("[7/7] Draw the measured head Fishers, write the table.")
+    say("[7/7] Draw what was measured, write the table.")
     _write(out, results, sizes)
     say(f"\n{results.table()}\n\n{results.caution()}\n")
     say(_where(out))
@@ -102,23 +106,27 @@ def _train(out: Path, tasks: list[_Task], say: Say, sizes: Sizes) -> None:
 
 
 def _draft(out: Path, say: Say) -> None:
-    """The recipe, and the same one for plain averaging."""
+    """The recipe, the same one for plain averaging, and one that lets each model count alike."""
     models = [str(out / "models" / name) for name in TASKS]
     data = [str(out / "data" / f"{name}_train.jsonl") for name in TASKS]
     options = [word for file in data for word in ("--data", file)]
-    recipe, average = out / "recipe.yml", out / "average.yml"
+    recipe, average, normalized = (out / _RECIPES[name] for name in ("fisher_mask", "average", "normalized"))
     method, plain = f"merge_method: {METHOD}", "merge_method: linear"
-    say("[3/7] Write the recipe, and a second one that only averages.")
+    say(
+        "[3/7] Write the recipe, a second one that only averages, and a third that lets each model count alike."
+    )
     say(spell(["mergekit-fisher", "init", *models, *options], to=recipe))
     say(spell(["sed", f"s/{method}/{plain}/", str(recipe)], to=average))
+    say(spell(["sed", f"$a {_ALIKE}", str(recipe)], to=normalized))
     text = draft_recipe(models, data)
     recipe.write_text(text, encoding="utf-8")
     average.write_text(text.replace(method, plain), encoding="utf-8")
+    normalized.write_text(f"{text}{_ALIKE}\n", encoding="utf-8")
 
 
 def _merge(out: Path, say: Say) -> None:
-    say("[5/7] Merge with both recipes; give each task its own head on the merged encoder.")
-    for recipe, name in (("average.yml", AVERAGE), ("recipe.yml", MERGED)):
+    say("[5/7] Merge with each recipe; give each task its own head on the merged encoder.")
+    for name, recipe in _RECIPES.items():
         merged = str(out / "merged" / name)
         for command in (
             ["mergekit-yaml", str(out / recipe), merged],
@@ -154,7 +162,7 @@ def _where(out: Path) -> str:
     places: Mapping[str, str] = {
         "results.md, results.json": "the table",
         "fisher.png": "the Fisher information of each model's mask nodes",
-        "recipe.yml, average.yml": "the recipes",
+        "recipe.yml, average.yml, normalized.yml": "the recipes",
         "data/": "the bundled rows; the package's NOTICE names their authors and licences",
         "pretrained/, models/": "the parent; the fine-tuned models, each with its sidecar in fisher/",
         "merged/": "what mergekit wrote",
