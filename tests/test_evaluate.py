@@ -256,9 +256,14 @@ def test_every_task_is_scored(tmp_path: Path, name: str, rows: str) -> None:
 def test_a_second_call_runs_no_model(classifiers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = classifiers.parent
     merged = [work / "merged" / name for name in ("average", "fisher")]
-    loaded = []
+    loaded: list[str] = []
     load = running.load_model
-    monkeypatch.setattr(running, "load_model", lambda *given: loaded.append(given[0].name) or load(*given))
+
+    def counted(*given: Any) -> Any:
+        loaded.append(given[0].name)
+        return load(*given)
+
+    monkeypatch.setattr(running, "load_model", counted)
     first = evaluated(classifiers, *merged)
     assert len(loaded) == 6
     assert evaluated(classifiers, *merged) == first

@@ -100,7 +100,8 @@ def random_predictions(name: str) -> Predictions:
 
 def repeated(predictions: Predictions, counts: Any) -> Predictions:
     """The resample as data: every sample's rows as often as it counts."""
-    rows, owner = [], []
+    rows: list[int] = []
+    owner: list[int] = []
     for sample in numpy.repeat(numpy.arange(predictions.count), counts):
         own = numpy.flatnonzero(predictions.owner == sample)
         owner += [len(set(owner))] * len(own)

@@ -8,10 +8,8 @@ and the values ``[R]``.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
-from scipy import stats
 
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.evaluation.answers import exact, overlap
@@ -180,10 +178,13 @@ def _matthews(predictions: Predictions) -> Scorer:
     return Scorer(value, lambda counts: matthews(found, counts))
 
 
-def _correlation(of: Callable[[Array, Array], Any]) -> Callable[[Predictions], Scorer]:
+def _correlation(name: str) -> Callable[[Predictions], Scorer]:
     """SciPy's, over the samples as often as they count; not a number where all values are the same."""
 
     def scorer(predictions: Predictions) -> Scorer:
+        from scipy import stats  # Takes seconds to import, and most tasks need none of it.
+
+        of = getattr(stats, name)
         predicted, reference = predictions.predicted[:, 0], predictions.reference[:, 0]
 
         def one(count: Array) -> float:
@@ -207,8 +208,8 @@ METRICS = (
     Metric("f1_micro", _CLASSES, _f1("micro")),
     Metric("f1_weighted", _CLASSES, _f1("weighted")),
     Metric("matthews_correlation", ("sequence-classification", "token-classification"), _matthews),
-    Metric("pearsonr", ("regression",), _correlation(stats.pearsonr)),
-    Metric("spearmanr", ("regression",), _correlation(stats.spearmanr)),
+    Metric("pearsonr", ("regression",), _correlation("pearsonr")),
+    Metric("spearmanr", ("regression",), _correlation("spearmanr")),
     Metric("mse", ("regression",), _mean(_squared), higher_is_better=False),
     Metric("exact_match", ("question-answering", "causal-lm", "seq2seq-lm"), _exact_match),
     Metric(
