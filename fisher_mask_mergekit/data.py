@@ -36,25 +36,43 @@ class DataSpec:
     revision: str | None
 
     @property
+    def text(self) -> str:
+        """As the user would write it, with every default spelled out."""
+        if self.is_one_table:
+            return self.path
+        return f"{self.path}:{self.config or ''}:{self.split}" + (
+            f"@{self.revision}" if self.revision else ""
+        )
+
+    @property
+    def is_one_table(self) -> bool:
+        """Whether it is a local table, which has no splits: a file, or a folder of one that datasets wrote."""
+        return Path(self.path).is_file() or (Path(self.path) / "state.json").is_file()
+
+    @property
     def is_local(self) -> bool:
         """Whether the data lies on this machine."""
         return Path(self.path).exists()
 
 
-def parse_spec(text: str) -> DataSpec:
+def parse_spec(text: str, split: str = "train") -> DataSpec:
     """Parse a data set's name as the user wrote it; a path that exists is taken as it is.
+
+    Args:
+        text: The name.
+        split: The split where the name has none.
 
     Raises:
         DataError: If it has too many parts.
     """
     if Path(text).exists():
-        return DataSpec(text, None, "train", None)
+        return DataSpec(text, None, split, None)
     body, _, revision = text.partition("@")
     parts = body.split(":")
     if len(parts) > 3 or not parts[0]:
         raise DataError(f"data '{text}' is not of the form path[:config[:split]][@revision]")
-    path, config, split = [*parts, "", ""][:3]
-    return DataSpec(path, config or None, split or "train", revision or None)
+    path, config, named = [*parts, "", ""][:3]
+    return DataSpec(path, config or None, named or split, revision or None)
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,8 @@ def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") 
             one plain number.
         CheckpointError: If the merged folder lacks a tensor of an encoder, or has another shape for it.
     """
-    models = [
-        model for model in recipe.models if not (model.is_base and model.weight is None) or model.settings
-    ]
-    folders = [out / name for name in _folder_names([model.name for model in models])]
+    models = [model for model in recipe.models if model.is_merged]
+    folders = [out / name for name in short_names([model.name for model in models])]
     for folder in folders:
         if folder.exists():
             raise RecipeError(f"{folder} exists; remove it, or choose another folder")
@@ -66,23 +64,32 @@ def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") 
     own = [locate(model.name) for model in models]
     shapes = tensor_shapes(encoder)
     for checkpoint in own:
-        _check_encoder(checkpoint, encoder, shapes)
-    average = _average_pooler(models, own) if pooler == "average" else {}
+        check_encoder(checkpoint, encoder, shapes)
+    average = average_pooler(models, own) if pooler == "average" else {}
     for checkpoint, folder in zip(own, folders, strict=True):
         _write(checkpoint, encoder, shapes, average, folder)
     return folders
 
 
-def _folder_names(models: list[str]) -> list[str]:
+def short_names(models: list[str]) -> list[str]:
+    """The last parts of the given models' names, or the whole names where those are the same."""
     short = ["+".join(Path(part.partition("@")[0]).name for part in model.split("+")) for model in models]
     if len(set(short)) == len(short):
         return short
     return [model.strip("/").replace("/", "--") for model in models]
 
 
-def _check_encoder(
-    checkpoint: Checkpoint, encoder: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_encoder(checkpoint: Checkpoint, encoder: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a merged folder that is none of a checkpoint's encoder.
+
+    Args:
+        checkpoint: One of what was merged.
+        encoder: The merged folder.
+        shapes: Its tensors.
+
+    Raises:
+        CheckpointError: If it lacks a tensor of the encoder, or has another shape for it.
+    """
     for name, shape in tensor_shapes(checkpoint).items():
         if not is_head(name) and shapes.get(name) != shape:
             got = shapes.get(name, "no such tensor")
@@ -91,7 +98,13 @@ def _check_encoder(
             )
 
 
-def _average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> dict[str, Tensor]:
+def average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> dict[str, Tensor]:
+    """The mean of the checkpoints' poolers, weighted by the models' ``weight``.
+
+    Raises:
+        RecipeError: If a weight is not one plain number, or they add up to 0.
+        CheckpointError: If a checkpoint has no pooler.
+    """
     total: dict[str, Tensor] = {}
     weights = 0.0
     for model, checkpoint in zip(models, own, strict=True):
@@ -118,12 +131,8 @@ def _write(
     pooler: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
-    own_shapes = tensor_shapes(checkpoint)
-    state = dict(read_tensors(encoder, (name for name in shapes if name in own_shapes and not is_head(name))))
+    state = headed_state(checkpoint, encoder, shapes, pooler)
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    head = dict(read_tensors(checkpoint, (name for name in own_shapes if is_head(name))))
-    for name, tensor in {**head, **pooler}.items():
-        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     config = read_config(checkpoint) | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     try:
@@ -143,6 +152,29 @@ def _write(
         raise RecipeError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def headed_state(
+    checkpoint: Checkpoint,
+    encoder: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    pooler: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The merged encoder's tensors with a checkpoint's own head, in the encoder's dtype.
+
+    Args:
+        checkpoint: Whose head.
+        encoder: The merged folder.
+        shapes: Its tensors.
+        pooler: Tensors that take the place of the checkpoint's own pooler.
+    """
+    own_shapes = tensor_shapes(checkpoint)
+    state = dict(read_tensors(encoder, (name for name in shapes if name in own_shapes and not is_head(name))))
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    head = dict(read_tensors(checkpoint, (name for name in own_shapes if is_head(name))))
+    for name, tensor in {**head, **pooler}.items():
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return state
 
 
 def describe_head(names: Iterable[str], limit: int = 6) -> str:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fisher_mask_mergekit.checkpoint import Checkpoint, read_config, transformers_errors
 from fisher_mask_mergekit.errors import CheckpointError
@@ -58,7 +58,12 @@ def load_tokenizer(checkpoint: Checkpoint, task: Task, *, trust_remote_code: boo
 
 
 def load_model(
-    checkpoint: Checkpoint, kind: Any, config: Any, tokenizer: Any, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    kind: Any,
+    config: Any,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """The checkpoint's model, whole.
 
@@ -68,13 +73,18 @@ def load_model(
         config: Its configuration.
         tokenizer: Its tokenizer.
         dtype: The weights'.
+        state: Weights to take in place of the checkpoint's.
 
     Raises:
         CheckpointError: If weights are missing.
     """
     with transformers_errors(checkpoint):
         model, report = kind.from_pretrained(
-            checkpoint.folder, config=config, dtype=dtype, output_loading_info=True
+            checkpoint.folder if state is None else None,
+            config=config,
+            dtype=dtype,
+            state_dict=state,
+            output_loading_info=True,
         )
     if report["missing_keys"]:
         raise CheckpointError(

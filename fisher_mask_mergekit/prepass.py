@@ -101,7 +101,7 @@ def compute(
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
     on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
-    with _model_errors(job, batch_size):
+    with model_errors(job.checkpoint.name, job.model_class, batch_size):
         measured = _measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
     seconds = time.perf_counter() - started
     fisher = {
@@ -254,7 +254,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _model_errors(job: Job, batch_size: int) -> Iterator[None]:
+def model_errors(name: str, kind: Any, batch_size: int) -> Iterator[None]:
     """Turn what a model says of its inputs into one error."""
     try:
         yield
@@ -266,6 +266,6 @@ def _model_errors(job: Job, batch_size: int) -> Iterator[None]:
         ) from error
     except Exception as error:  # Whatever the architecture's code raises.
         raise MeasurementError(
-            f"{job.checkpoint.name} ({job.model_class.__name__}) cannot be run on these samples: "
+            f"{name} ({kind.__name__}) cannot be run on these samples: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error

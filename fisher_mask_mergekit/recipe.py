@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from fisher_mask_mergekit.errors import RecipeError
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings
 
 METHOD = "fisher_mask"
 
@@ -25,6 +25,8 @@ class RecipeModel:
             filter, a gradient, or different in different slices.
         sidecar: Its ``sidecar`` parameter.
         is_base: Whether it is the recipe's ``base_model``.
+        request: The same settings, also where they name no data.
+        evaluation: What to score it on.
     """
 
     name: str
@@ -32,6 +34,13 @@ class RecipeModel:
     weight: float | Literal["varies"] | None
     sidecar: str | None
     is_base: bool
+    request: FisherSettings
+    evaluation: EvaluationSettings
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether its task is one that the merge is to do: not that of a base which only surrounds it."""
+        return not (self.is_base and self.weight is None) or self.settings is not None
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def _model(
     given = [_mapping(e["fisher"], f"fisher of {name}", path) for e in entries if e.get("fisher") is not None]
     if any(other != given[0] for other in given):
         raise RecipeError(f"{path}: {name} appears twice with different fisher: keys")
-    settings = _settings(
+    settings, evaluation = _settings(
         {**defaults, **(given[0] if given else {}), **overrides}, f"{path}: fisher of {name}"
     )
     counted = [e for e in entries if not _is_empty(e)] or entries
@@ -118,6 +127,8 @@ def _model(
         weight=weight,
         sidecar=next(iter(sidecars), None) or None,
         is_base=name == base,
+        request=settings,
+        evaluation=evaluation,
     )
 
 
@@ -164,9 +175,11 @@ def _list(value: Any, what: str, path: Path) -> list[Any]:
     return value
 
 
-def _settings(values: Mapping[str, Any], where: str) -> FisherSettings:
+def _settings(values: Mapping[str, Any], where: str) -> tuple[FisherSettings, EvaluationSettings]:
+    apart = {key: value for key, value in values.items() if key in EvaluationSettings.model_fields}
+    rest = {key: value for key, value in values.items() if key not in apart}
     try:
-        return FisherSettings.model_validate(dict(values))
+        return FisherSettings.model_validate(rest), EvaluationSettings.model_validate(apart)
     except ValidationError as error:
         raise RecipeError(f"{where}: {describe(error)}") from error
 
@@ -176,5 +189,6 @@ def describe(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'; known keys: {', '.join(FisherSettings.model_fields)}"
+        known = [*FisherSettings.model_fields, *EvaluationSettings.model_fields]
+        return f"unknown key '{key}'; known keys: {', '.join(known)}"
     return f"{key + ': ' if key else ''}{first['msg']}" + (f", got {first['input']!r:.80}" if key else "")

@@ -1,4 +1,4 @@
-"""What to measure and how: the keys under ``fisher:`` in a recipe, and the options of ``compute``."""
+"""What to measure, and on what to evaluate: the keys under ``fisher:`` in a recipe, and the commands' options."""
 
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,19 @@ Labels = Literal["data", "sampled", "exact"]
 WeightDtype = Literal["float32", "bfloat16", "float64"]
 
 
-class FisherSettings(BaseModel):
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        inside = [*value, *value.values()] if isinstance(value, dict) else [value]
+        if any(isinstance(part, bool) for part in inside):
+            raise ValueError("YAML reads yes, no, on and off as true and false; put quotes around them")
+        return value
+
+
+class FisherSettings(_Settings):
     """One request for a measurement, as the user wrote it. Unknown keys are an error.
 
     Attributes:
@@ -42,8 +54,6 @@ class FisherSettings(BaseModel):
         dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     data: str | None = Field(default=None, min_length=1)
     samples: int = Field(default=128, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -59,14 +69,6 @@ class FisherSettings(BaseModel):
     labels: Labels = "data"
     dtype: WeightDtype = "float32"
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        inside = [*value, *value.values()] if isinstance(value, dict) else [value]
-        if any(isinstance(part, bool) for part in inside):
-            raise ValueError("YAML reads yes, no, on and off as true and false; put quotes around them")
-        return value
-
     @model_validator(mode="after")
     def _combinable(self) -> "FisherSettings":
         if self.estimator == "batch" and self.labels == "exact":
@@ -74,3 +76,16 @@ class FisherSettings(BaseModel):
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
             )
         return self
+
+
+class EvaluationSettings(_Settings):
+    """What to score a model on. Apart from :class:`FisherSettings`, because no measurement depends on it.
+
+    Attributes:
+        eval: Data set as ``data`` names it; its split ``validation`` if it names none. The data set measured
+            on, split ``validation``, if not given.
+        metric: Name of a metric, or several, of which the first is normalised; the task's own if not given.
+    """
+
+    eval: str | None = Field(default=None, min_length=1)
+    metric: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None

@@ -5,9 +5,7 @@ The format is described in ``docs/sidecar.md``.
 
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +21,7 @@ from torch import Tensor
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, name_template
+from fisher_mask_mergekit.store import write_whole
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
@@ -216,27 +215,10 @@ def write(sidecar: Sidecar, path: Path) -> None:
     }
     tensors["values"] = _pack(sidecar.values[name] for name in sidecar.governed)
     content = save(tensors, {METADATA_KEY: sidecar.metadata.model_dump_json()})
-    temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise SidecarError(f"cannot write {path}: {error.strerror or error}; nothing was written") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _pack(values: Iterable[Tensor]) -> Tensor:

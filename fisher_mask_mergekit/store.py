@@ -1,7 +1,8 @@
-"""Where sidecars live: where the recipe says, beside the checkpoint, or in the cache."""
+"""Where sidecars live: where the recipe says, beside the checkpoint, or in the cache; and how files are written."""
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,3 +74,30 @@ def destination(checkpoint: Checkpoint) -> Path:
     if checkpoint.revision is None and beside and os.access(beside.parent.parent, os.W_OK):
         return beside
     return cached(checkpoint)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: there is a whole file or none.
+
+    Raises:
+        OSError: If it cannot be written; whatever was at ``path`` is untouched.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

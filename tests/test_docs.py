@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
+from fisher_mask_mergekit.evaluation.metrics import DEFAULTS, METRICS
 from fisher_mask_mergekit.recipe import read_recipe
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord, Metadata
 from fisher_mask_mergekit.sites import GovernedTensor, Site
 from fisher_mask_mergekit.tasks import (
@@ -56,10 +57,24 @@ def test_the_reference_names_every_setting_and_column() -> None:
     for name in FisherSettings.model_fields:
         assert f"`{name}`" in page
         assert f"--{name.replace('_', '-')}" in page
+    for name in EvaluationSettings.model_fields:
+        assert f"`{name}`" in page
     for columns in TEXT_COLUMNS:
         assert " and ".join(columns) in re.sub(r"\s+", " ", page)
     for name in LABEL_COLUMNS:
         assert name in page
+
+
+def test_the_reference_names_every_metric_and_marks_the_defaults() -> None:
+    page = CLI.read_text().partition("## evaluate")[2]
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", page, flags=re.MULTILINE))
+    others = {"multi-label-classification": "several labels per text", "regression": "regression"}
+    for kind, defaults in DEFAULTS.items():
+        (row,) = [row for name, row in rows.items() if f"`{kind}`" in name or name == others.get(kind)]
+        for metric in METRICS:
+            assert (f"`{metric.name}`" in row) == (kind in metric.kinds), (kind, metric.name)
+        bold = row.partition(";")[0]
+        assert re.findall(r"\*\*`(\w+)`\*\*", bold) == list(defaults)
 
 
 OTHER_TASKS: list[type[Task]] = [
@@ -74,7 +89,7 @@ OTHER_TASKS: list[type[Task]] = [
 
 @pytest.mark.parametrize("task", OTHER_TASKS, ids=lambda task: task.name)
 def test_the_reference_names_every_tasks_columns(task: type[Task]) -> None:
-    (row,) = re.findall(rf"^\| `{task.name}` .*$", CLI.read_text(), flags=re.MULTILINE)
+    row, *_ = re.findall(rf"^\| `{task.name}` .*$", CLI.read_text(), flags=re.MULTILINE)
     for layout in task.layouts:
         for name in (*layout.text, *filter(None, [layout.label])):
             assert re.search(rf"\b{name}\b", row), name

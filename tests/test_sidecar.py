@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from fisher_mask_mergekit import sidecar as module
+from fisher_mask_mergekit import store
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import (
@@ -243,7 +243,7 @@ def test_no_room_on_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     before = path.read_bytes()
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(store.os, "fsync", full)
     with pytest.raises(SidecarError, match="No space left on device; nothing was written"):
         write(sidecar_for(tiny.classifier("llama"), seed=1), path)
     assert path.read_bytes() == before

@@ -8,6 +8,7 @@ from fisher_mask_mergekit import __version__
 from fisher_mask_mergekit.cli.after import demo, heads
 from fisher_mask_mergekit.cli.before import check, init, inspect, sites
 from fisher_mask_mergekit.cli.compute import compute
+from fisher_mask_mergekit.cli.evaluate import evaluate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +34,7 @@ def _options(
     pass
 
 
-for command in (compute, init, sites, inspect, check, heads, demo):
+for command in (compute, init, sites, inspect, check, heads, evaluate, demo):
     app.command()(command)
 
 

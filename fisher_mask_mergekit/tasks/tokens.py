@@ -95,6 +95,23 @@ class QuestionAnswering(Task):
 
     def encode(self, text: tuple[Any, ...], label: Any, index: int, how: Tokenization) -> Encoded | None:
         """Both texts, of which only the context is truncated; None if its answer was."""
+        inputs, offsets, context, truncated = self.tokens(text, how)
+        if label is None:
+            return Encoded(inputs, [0, 0], truncated)
+        begin, end = label
+        answer = [place for place in context if offsets[place][0] < end and offsets[place][1] > begin]
+        if not answer or offsets[context[-1]][1] < end:
+            return None
+        return Encoded(inputs, [answer[0], answer[-1]], truncated)
+
+    def tokens(
+        self, text: tuple[Any, ...], how: Tokenization
+    ) -> tuple[dict[str, Any], list[tuple[int, int]], list[int], bool]:
+        """Both texts as tokens: what the model takes, each token's characters, the context's tokens, whether cut.
+
+        Raises:
+            DataError: If the question leaves no room for its context.
+        """
         tokenizer = how.fast(self.name)
         question = len(tokenizer(text[0], add_special_tokens=False)["input_ids"])
         if question + tokenizer.num_special_tokens_to_add(pair=True) >= how.max_length:
@@ -103,17 +120,15 @@ class QuestionAnswering(Task):
             )
         inputs, truncated = how.encode(*text, truncation="only_second", return_offsets_mapping=True)
         offsets, parts = inputs.pop("offset_mapping"), inputs.sequence_ids()
-        if label is None:
-            return Encoded(dict(inputs), [0, 0], truncated)
-        begin, end = label
         context = [place for place, part in enumerate(parts) if part == 1]
-        answer = [place for place in context if offsets[place][0] < end and offsets[place][1] > begin]
-        if not answer or offsets[context[-1]][1] < end:
-            return None
-        return Encoded(dict(inputs), [answer[0], answer[-1]], truncated)
+        return dict(inputs), offsets, context, truncated
 
-    def likelihood(self, model: nn.Module, batch: Batch) -> Likelihood:
-        """Of beginning and end; padding cannot be either."""
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of beginning and end over a sample's tokens, ``[B, 2, T]``; padding cannot be either.
+
+        Raises:
+            CheckpointError: If the model gives none.
+        """
         batch = batch.padded_right()
         output = model(**batch.inputs)
         if getattr(output, "start_logits", None) is None:
@@ -124,6 +139,11 @@ class QuestionAnswering(Task):
         mask = batch.inputs.get("attention_mask")
         if mask is not None:
             logits = logits.masked_fill(mask[:, None] == 0, -torch.inf)
+        return logits
+
+    def likelihood(self, model: nn.Module, batch: Batch) -> Likelihood:
+        """Of beginning and end."""
+        logits = self.logits(model, batch)
         owner = torch.arange(len(batch.index), device=logits.device).repeat_interleave(2)
         return Categorical.of(logits.flatten(0, 1), batch.labels.flatten(), owner, self.loss, batch.index)
 
