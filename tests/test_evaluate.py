@@ -347,7 +347,7 @@ def test_a_merge_that_is_none_of_the_models_is_an_error(classifiers: Path) -> No
         f"is not a merge of {classifiers.parent / 'two'}: {missing}: expected (32,), got no such tensor"
         in said
     )
-    assert "neither a folder here nor a checkpoint" in refused(classifiers, classifiers.parent / "nowhere")
+    assert "there is no folder" in refused(classifiers, classifiers.parent / "nowhere")
 
 
 def test_missing_heads_are_an_error(classifiers: Path) -> None:
