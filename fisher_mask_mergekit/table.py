@@ -140,6 +140,10 @@ def find_sites(
     return tuple(sorted(found.values(), key=_reading_order))
 
 
+_INTERLEAVED = ("phi3small", "gpt_oss")
+"""Where gate and up rows lie in turn: others with the same names and shapes have one after the other."""
+
+
 @dataclass(frozen=True)
 class _Match:
     """A row of the table that fits under a prefix."""
@@ -189,8 +193,7 @@ class _Match:
             rows = self._rows(index)
             if rows not in (neurons, 2 * neurons):
                 return None
-            # GPT-OSS is told by its experts' bias.
-            interleaved = self.model_type == "phi3small" or f"{self.prefix}{path}_bias" in self.shapes
+            interleaved = self.model_type in _INTERLEAVED
             layouts[path] = "n" if rows == neurons else "(n n)" if interleaved else "n n"
         return Site(
             output=self.prefix + self.row.out,

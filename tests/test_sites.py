@@ -76,3 +76,11 @@ def test_rows_that_do_not_divide_are_refused(shapes: dict[str, tuple[int, ...]],
 def test_projections_must_share_their_prefix() -> None:
     shapes = {"a.q_proj.weight": (4, 4), "b.k_proj.weight": (4, 4), "a.o_proj.weight": (4, 4)}
     assert find_sites(shapes, 2) == ()
+
+
+@pytest.mark.parametrize(("model_type", "layout"), [("gpt_oss", "(n n)"), ("openai_privacy_filter", "n n")])
+def test_experts_with_a_bias_are_interleaved_in_gpt_oss_alone(model_type: str, layout: str) -> None:
+    shapes = {"e.gate_up_proj": (4, 16, 20), "e.gate_up_proj_bias": (4, 20), "e.down_proj": (4, 10, 16)}
+    (site,) = find_sites(shapes, 1, model_type=model_type)
+    assert {tensor.layout for tensor in site.tensors} == {layout, "mean"}
+    assert (site.experts, site.neurons) == (4, 10)
