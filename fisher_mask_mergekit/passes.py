@@ -172,7 +172,7 @@ def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood,
             apart &= single.keys() <= seen.keys()
             for place, whole in seen.items():
                 apart &= _is_chunk(whole, single.get(place), position, len(parts), eps)
-    return apart and (len(parts) == 1 or gradients.fits(task, parts[0]))
+    return apart and (gradients.one_by_one or gradients.fits(task, parts[0]))
 
 
 def _is_chunk(whole: Tensor, alone: Tensor | None, position: int, samples: int, eps: float) -> bool:
