@@ -13,6 +13,7 @@ TaskName = Literal[
     "causal-lm",
     "seq2seq-lm",
 ]
+Kind = Literal["mask", "diagonal"]
 Loss = Literal["mean", "sum"]
 Estimator = Literal["sample", "batch"]
 MaskPlacement = Literal["post", "pre"]
@@ -40,6 +41,7 @@ class FisherSettings(BaseModel):
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
         labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels.
         dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
+        kind: What is measured: mask nodes (``mask``), or every parameter by itself (``diagonal``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +60,7 @@ class FisherSettings(BaseModel):
     mask_placement: MaskPlacement = "post"
     labels: Labels = "data"
     dtype: WeightDtype = "float32"
+    kind: Kind = "mask"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -72,5 +75,10 @@ class FisherSettings(BaseModel):
         if self.estimator == "batch" and self.labels == "exact":
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
+            )
+        if self.kind == "diagonal" and (self.estimator, self.mask_placement) != ("sample", "post"):
+            raise ValueError(
+                "kind 'diagonal' squares every sample's gradients and has no masks; it takes estimator sample and "
+                "mask_placement post"
             )
         return self
