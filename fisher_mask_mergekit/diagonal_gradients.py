@@ -52,7 +52,7 @@ class DiagonalGradients:
     _kinds: dict[nn.Module, Kind] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
     _arrived: dict[str, list[tuple[Call, str, Tensor]]] = field(default_factory=dict)
-    _rows: int = 1
+    _rows: int | None = None
     _weight: Tensor | None = None
     _hooks: ExitStack = field(default_factory=ExitStack)
     _shared: set[nn.Module] = field(default_factory=set)
@@ -77,7 +77,7 @@ class DiagonalGradients:
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
-        self.samples = self._rows = len(batch.index)
+        self.samples, self._rows = len(batch.index), None
         self.seen, self._calls = seen, Counter()
         return task.likelihood(self.model, batch)
 
@@ -148,13 +148,14 @@ class DiagonalGradients:
                 self._kinds[module] = kind_of(module, args, kwargs, output)
         kind = self._kinds[module]
         if kind == "embedding" and args[0].ndim == 2:
+            ids = args[0]
             # Positions, the same for all samples. A table of distances is no such thing: [T, T].
-            if args[0].shape[0] == 1 and (args[0].shape[1] > 1 or module in self._shared):
+            if len(ids) == 1 and (ids.shape[1] > 1 or module in self._shared):
                 self._shared.add(module)
-                args = (args[0].expand(self._rows, -1),)
-                output = output.expand(self._rows, -1, -1)
-            else:
-                self._rows = args[0].shape[0]  # Several per sample, where it is a choice among several.
+                rows = self._rows or self.samples
+                args, output = (ids.expand(rows, -1),), output.expand(rows, -1, -1)
+            # What is read first is tokens; several rows per sample, where it is a choice among several.
+            self._rows = self._rows or len(args[0])
         args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
         kwargs = {
             key: value.detach() if isinstance(value, Tensor) else value for key, value in kwargs.items()

@@ -169,7 +169,7 @@ class DiagonalSidecar:
         """
         whole = record if isinstance(record, TensorRecord) else self.records[record.source]
         assert isinstance(whole, TensorRecord)
-        with _shard(self.folder, whole.shard) as tensors:
+        with _shard(self, whole.shard) as tensors:
             fisher = tensors.get_tensor(whole.names[0])
         if isinstance(record, ViewRecord):
             fisher = fisher.as_strided(record.shape, record.strides, record.offset)
@@ -270,16 +270,10 @@ def read_diagonal(folder: Path) -> DiagonalSidecar:
     shards: dict[str, dict[str, TensorRecord]] = {}
     for record in metadata.tensors:
         shards.setdefault(record.shard, {})[record.names[0]] = record
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    if missing:
-        raise SidecarError(
-            f"{folder} lacks {missing[0]} ({len(shards) - len(missing)} of its {len(shards)} shards are there). Copy "
-            f"the whole folder, or measure again:  mergekit-fisher compute {metadata.checkpoint:.200} --kind diagonal "
-            "--data DATASET"
-        )
+    sidecar = DiagonalSidecar(metadata, folder)
     for shard, records in shards.items():
-        _check_shard(folder, shard, records)
-    return DiagonalSidecar(metadata, folder)
+        _check_shard(sidecar, shard, records)
+    return sidecar
 
 
 def _check_names(metadata: DiagonalMetadata, folder: Path) -> None:
@@ -320,8 +314,9 @@ def _read_index(path: Path) -> DiagonalMetadata:
         raise bad_field(path, error) from error
 
 
-def _check_shard(folder: Path, shard: str, records: Mapping[str, TensorRecord]) -> None:
-    with _shard(folder, shard) as tensors:
+def _check_shard(sidecar: DiagonalSidecar, shard: str, records: Mapping[str, TensorRecord]) -> None:
+    folder = sidecar.folder
+    with _shard(sidecar, shard) as tensors:
         there = set(tensors.keys())
         if odd := sorted(there ^ records.keys()):
             what = "which the index does not know" if odd[0] in there else "which the index says it does"
@@ -337,12 +332,18 @@ def _check_shard(folder: Path, shard: str, records: Mapping[str, TensorRecord]) 
 
 
 @contextmanager
-def _shard(folder: Path, shard: str) -> Iterator[Any]:
+def _shard(sidecar: DiagonalSidecar, shard: str) -> Iterator[Any]:
     """A shard, mapped into memory only as long as it is looked at."""
+    path = sidecar.folder / shard
+    if not path.is_file():
+        shards = {record.shard for record in sidecar.metadata.tensors}
+        there = sum((sidecar.folder / other).is_file() for other in shards)
+        raise SidecarError(
+            f"{sidecar.folder} lacks {shard} ({there} of its {len(shards)} shards are there). Copy the whole folder, or "
+            f"measure again:  mergekit-fisher compute {sidecar.metadata.checkpoint:.200} --kind diagonal --data DATASET"
+        )
     try:
-        with safe_open(folder / shard, framework="pt") as tensors:
+        with safe_open(path, framework="pt") as tensors:
             yield tensors
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SidecarError(
-            f"{folder / shard} is not a whole safetensors file: {first_line(error)}"
-        ) from error
+        raise SidecarError(f"{path} is not a whole safetensors file: {first_line(error)}") from error

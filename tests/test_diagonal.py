@@ -37,9 +37,7 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], rtol: float =
         # Relative to the tensor's largest value: an element whose gradients cancel has no digits of its own. Nor
         # has a key's bias, which moves all scores alike: its gradients are nothing but what was rounded.
         top = max(float(value.max()), 1e-12 * largest)
-        assert_close(
-            got[name].double(), value.double(), rtol=rtol, atol=rtol * top, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        assert_close(got[name].double(), value.double(), rtol=rtol, atol=rtol * top)
 
 
 def measure(model: nn.Module, size: int = 3, count: int = 7, **how: Any) -> DiagonalFisher:
