@@ -74,7 +74,7 @@ def diagonal_fisher(
         MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); or the
             first sample gives something else by itself than in its batch.
 
-    Reference: Matena and Raffel 2022, arXiv 2111.09832, eq. (5).
+    Reference: Matena and Raffel 2022, arXiv 2111.09832.
     """
     gradients = DiagonalGradients(model, _floating(model))
     with frozen(model), gradients.attached():

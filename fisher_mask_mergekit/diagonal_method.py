@@ -139,7 +139,7 @@ def merge_elements(
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
 
-    Reference: arXiv 2111.09832, eq. (4).
+    Reference: arXiv 2111.09832.
     """
     first = tensors[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
