@@ -1,4 +1,4 @@
-"""Makes mergekit know ``fisher_mask`` without being asked: a post-import hook, standard library only.
+"""Makes mergekit know the merge methods without being asked: a post-import hook, standard library only.
 
 mergekit 0.1.5 has no plug-in discovery. torch (>= 2.5) calls every entry point of the group
 ``torch.backends`` at the end of ``import torch``, and mergekit imports torch before its own registry;
@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
 _REGISTRY = "mergekit.merge_methods.registry"
+METHODS = {
+    "fisher_mask": "fisher_mask_mergekit.method",
+    "fisher_diagonal": "fisher_mask_mergekit.diagonal_method",
+}
+"""The merge methods, and the modules that have them under the same name."""
 
 
 def install() -> None:
-    """Register ``fisher_mask`` with mergekit now if it is loaded, else right after it loads its registry.
+    """Register the methods with mergekit now if it is loaded, else right after it loads its registry.
 
     Safe to call any number of times; never raises.
     """
@@ -55,16 +60,17 @@ class _RegistryFinder:
 
 
 def _register(registry: ModuleType) -> None:
-    try:
-        module = importlib.import_module("fisher_mask_mergekit.method")
-        if not hasattr(module, "fisher_mask"):
-            return  # It is being imported this very moment, and calls install() at its end.
-        method = module.fisher_mask
-        if method not in registry.registered_methods():
-            registry.register(method)
-    except Exception as error:
-        import logging
+    for name, path in METHODS.items():
+        try:
+            module = importlib.import_module(path)
+            if not hasattr(module, name):
+                continue  # It is being imported this very moment, and calls install() at its end.
+            method = getattr(module, name)
+            if method not in registry.registered_methods():
+                registry.register(method)
+        except Exception as error:
+            import logging
 
-        logging.getLogger(__name__).warning(
-            "mergekit will not know the merge method 'fisher_mask': %s: %s", type(error).__name__, error
-        )
+            logging.getLogger(__name__).warning(
+                "mergekit will not know the merge method '%s': %s: %s", name, type(error).__name__, error
+            )

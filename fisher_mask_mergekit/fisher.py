@@ -1,17 +1,16 @@
 """Fisher information of mask nodes, from batched forward and backward passes."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.mask_gradients import MaskGradients
+from fisher_mask_mergekit.passes import frozen, run_samples
 from fisher_mask_mergekit.settings import Estimator, Labels, MaskPlacement
 from fisher_mask_mergekit.sites import NodeKey, Site, stack_of
-from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
+from fisher_mask_mergekit.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -95,41 +94,14 @@ def mask_fisher(
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
     sites = tuple(sites)
-    sums: dict[NodeKey, Tensor] = {}
-    samples, loss, correct = 0, 0.0, 0.0
-    one_by_one = any(site.experts for site in sites)
-    with _frozen(model), MaskGradients(model, sites, mask_placement).attached() as gradients:
-        for batch in batches:
-            means: dict[NodeKey, Tensor] = {}
-            parts = list(batch.split()) if one_by_one else [batch]
-            while parts:
-                part = parts.pop(0)
-                gradients.inputs = {} if samples == 0 else None
-                likelihood = gradients.run(task, part)
-                if samples == 0 and not _apart(gradients, task, part, likelihood) and not one_by_one:
-                    one_by_one, parts = True, list(batch.split())
-                    continue
-                losses = likelihood.losses().detach()
-                _check_losses(losses, part)
-                for outcomes, weight in _outcomes(likelihood, labels, seed):
-                    gradients.found.clear()
-                    likelihood.losses(outcomes).sum().backward(retain_graph=labels == "exact")
-                    for key, gradient in gradients.found.items():
-                        if estimator == "batch":
-                            means[key] = means.get(key, 0) + _wide(gradient).sum(0) / len(batch.index)
-                        else:
-                            sums[key] = sums.get(key, 0) + _squared(gradient, weight)
-                samples += len(losses)
-                loss += float(losses.double().sum())
-                correct += float(likelihood.correct().sum())
-            for key, mean in means.items():
-                sums[key] = sums.get(key, 0) + mean.square()
-            on_batch(batch)
-    if samples == 0:
-        raise MeasurementError("there is no sample to measure on")
+    gradients = MaskGradients(model, sites, mask_placement, any(site.experts for site in sites), estimator)
+    with frozen(model), gradients.attached():
+        totals = run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
+    sums = gradients.sums
     for key, total in sums.items():  # In backward order: the first that is bad is where it began.
         _check_finite(total, key)
     unreached = _unreached(sites, sums)
+    samples = totals.samples
     scale = 1 if estimator == "batch" else samples
     like = next(iter(sums.values()))
     fisher = {}
@@ -137,7 +109,9 @@ def mask_fisher(
         for node, shape in site.nodes().items():
             key = site.output, node
             fisher[key] = sums[key] / scale if key in sums else like.new_zeros(shape)
-    return MaskFisher(fisher, samples, loss / samples, correct / samples, one_by_one, unreached)
+    return MaskFisher(
+        fisher, samples, totals.loss / samples, totals.correct / samples, gradients.one_by_one, unreached
+    )
 
 
 def _unreached(sites: tuple[Site, ...], reached: dict[NodeKey, Tensor]) -> tuple[str, ...]:
@@ -157,12 +131,6 @@ def _unreached(sites: tuple[Site, ...], reached: dict[NodeKey, Tensor]) -> tuple
     return unreached
 
 
-def _check_losses(losses: Tensor, batch: Batch) -> None:
-    if not bool(losses.isfinite().all()):
-        bad = int((~losses.isfinite()).nonzero()[0, 0])
-        raise MeasurementError(f"the loss of sample {batch.index[bad]} is {losses[bad].item()}")
-
-
 def _check_finite(total: Tensor, key: NodeKey) -> None:
     bad = ~total.isfinite()
     if bool(bad.any()):
@@ -173,84 +141,3 @@ def _check_finite(total: Tensor, key: NodeKey) -> None:
             f"{' of expert '.join(map(str, reversed(node)))}, is not finite "
             f"({total[tuple(node)].item()}); try another dtype, or look for infinities in the checkpoint"
         )
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.float32 if gradient.device.type == "mps" else torch.float64)
-
-
-def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
-    """One batch's contribution to the sum, ``[B, ...] -> [...]``."""
-    squares = _wide(gradient).square()
-    if weight is not None:
-        squares *= weight.reshape(-1, *[1] * (squares.ndim - 1))
-    return squares.sum(0)
-
-
-def _outcomes(
-    likelihood: Likelihood, labels: Labels, seed: int
-) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """The outcomes to take gradients for, one backward pass each, and their weights ``[B]``."""
-    if labels == "data":
-        yield None, None
-    elif labels == "sampled":
-        yield likelihood.sampled(seed), None
-    else:
-        yield from likelihood.expectation()
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no weight gradients; everything as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def _apart(gradients: MaskGradients, task: Task, batch: Batch, together: Likelihood) -> bool:
-    """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
-
-    Returns:
-        Whether every site's input was the samples' inputs, one after the other along the first axis.
-
-    Raises:
-        MeasurementError: If a sample gives something else by itself.
-    """
-    eps = torch.finfo(next(gradients.model.parameters()).dtype).eps
-    inputs, apart = gradients.inputs or {}, True
-    parts = list(batch.split())
-    for position in {0, len(parts) - 1}:
-        single: dict[str, Tensor] = {}
-        gradients.inputs = single
-        alone = gradients.run(task, parts[position]).outputs(0)
-        expected = together.outputs(position)
-        gap = float((alone - expected).abs().max())
-        if gap > eps**0.5 * max(1.0, float(expected.abs().max())):
-            raise MeasurementError(
-                f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
-                "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
-            )
-        for output, whole in inputs.items():
-            apart &= _is_chunk(whole, single.get(output), position, len(parts), eps)
-    gradients.samples = len(parts)  # As of the forward pass that a backward pass will follow.
-    return apart
-
-
-def _is_chunk(whole: Tensor, alone: Tensor | None, position: int, samples: int, eps: float) -> bool:
-    """Whether one sample's input of a site is the batch's, cut along the first axis."""
-    if alone is None or whole.shape[0] % samples or alone.shape[0] * samples != whole.shape[0]:
-        return False
-    chunk = whole.chunk(samples)[position]
-    return alone.shape == chunk.shape and bool(
-        ((alone - chunk).abs().max() <= eps**0.5 * max(1.0, float(chunk.abs().max()))).item()
-    )

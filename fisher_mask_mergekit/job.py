@@ -18,13 +18,17 @@ from fisher_mask_mergekit.checkpoint import (
     transformers_errors,
 )
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, may_replace_diagonal, read_diagonal
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
+from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace, read
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of, skeleton
 from fisher_mask_mergekit.tasks import Task, Tokenization, task_of
+
+AnySidecar = Sidecar | DiagonalSidecar
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Job:
         config: Its transformers configuration.
         model_class: What it is loaded with.
         task: What its loss is.
-        sites: Its mask nodes.
+        sites: Its mask nodes; none if those are not what is measured.
+        parameters: What its parameters are called, if they are what is measured.
         weights: Digest of its tensors.
         settings: The request.
         data: What to measure on.
@@ -66,13 +71,14 @@ class Job:
     model_class: Any
     task: Task
     sites: tuple[Site, ...]
+    parameters: ParameterNames | None
     weights: str
     settings: FisherSettings
     data: DataRecord
     inputs: Inputs | None
     target: Path
     elsewhere: bool
-    served: Sidecar | None
+    served: AnySidecar | None
 
 
 def prepare(
@@ -102,12 +108,15 @@ def prepare(
     shapes = tensor_shapes(checkpoint)
     with transformers_errors(checkpoint):
         model = skeleton(kind, deepcopy(config))
-    sites = _find_sites(checkpoint, model, shapes)
-    if out is not None and not may_replace(out):
-        raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
+    is_mask = settings.kind == "mask"
+    sites = _find_sites(checkpoint, model, shapes) if is_mask else ()
+    parameters = None if is_mask else _find_parameters(checkpoint, model, shapes)
+    target = out or store.destination(checkpoint, settings.kind)
+    if not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
+        raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
     found = None
-    for path in () if force else [out] if out else store.find_all(checkpoint):
+    for path in () if force else [out] if out else store.find_all(checkpoint, settings.kind):
         found = found or _same_request(path, weights, settings, task)
     samples: Any = None
     if found is None or parse_spec(settings.data or "").is_local:
@@ -124,11 +133,12 @@ def prepare(
         model_class=kind,
         task=task,
         sites=sites,
+        parameters=parameters,
         weights=weights,
         settings=settings,
         data=found.metadata.data if found else samples.record,
         inputs=inputs,
-        target=out or store.destination(checkpoint),
+        target=target,
         elsewhere=out is not None,
         served=found,
     )
@@ -148,14 +158,14 @@ def _inputs(
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _same_request(path: Path, weights: str, settings: FisherSettings, task: Task) -> Sidecar | None:
+def _same_request(path: Path, weights: str, settings: FisherSettings, task: Task) -> AnySidecar | None:
     """The sidecar at ``path`` if it answers this very request for these very weights.
 
     Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
     the caller to compare.
     """
     try:
-        sidecar = read(path)
+        sidecar: AnySidecar = read(path) if settings.kind == "mask" else read_diagonal(path)
     except SidecarError:
         return None
     spec = parse_spec(settings.data or "")
@@ -182,3 +192,14 @@ def _find_sites(
             f"{', '.join(prefixes[:8])}"
         )
     return sites
+
+
+def _find_parameters(
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> ParameterNames:
+    try:
+        return parameter_names(model, shapes)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.name}: kind 'diagonal' does not support its layout: {error}"
+        ) from error

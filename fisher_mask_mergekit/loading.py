@@ -100,6 +100,12 @@ def load_model(
     return model
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of a model's parameters, but not of its buffers: rotary frequencies stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def longest(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> int:
     """Tokens per sample: what was asked for, else 512, but no more than the checkpoint can take.
 

@@ -9,31 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.errors import MeasurementError
-from fisher_mask_mergekit.settings import MaskPlacement
+from fisher_mask_mergekit.passes import Seen
+from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
 @dataclass
 class MaskGradients:
-    """Hooks that every backward pass fills ``found`` with: per-sample mask gradients ``[B, ...]``.
+    """Hooks that take per-sample mask gradients ``[B, ...]`` out of every backward pass, and their sums.
 
     Attributes:
         model: The model.
         sites: Its mask nodes.
         placement: Of the neuron masks.
-        samples: B of the forward pass to come.
+        one_by_one: Whether samples run one at a time.
+        estimator: What is summed: squares, or squares of a batch's mean.
+        samples: B of the last forward pass; hooks keep the one they were made in.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
-        inputs: If not None, gets what a forward pass gives each site.
+        means: Of the batch so far.
+        sums: Over all samples, or batches.
+        seen: If not None, gets what a forward pass gives each site.
     """
 
     model: nn.Module
     sites: tuple[Site, ...]
     placement: MaskPlacement
+    one_by_one: bool
+    estimator: Estimator
     samples: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
-    inputs: dict[str, Tensor] | None = None
+    means: dict[NodeKey, Tensor] = field(default_factory=dict)
+    sums: dict[NodeKey, Tensor] = field(default_factory=dict)
+    seen: Seen | None = None
 
     @contextmanager
     def attached(self) -> Iterator["MaskGradients"]:
@@ -57,10 +66,34 @@ class MaskGradients:
                     stack.callback(handle.remove)
             yield self
 
-    def run(self, task: Task, batch: Batch) -> Likelihood:
+    def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
-        self.samples = len(batch.index)
+        self.samples, self.seen = len(batch.index), seen
         return task.likelihood(self.model, batch)
+
+    def fits(self, task: Task, sample: Batch) -> bool:
+        """What a site's input is in a batch says all."""
+        return True
+
+    def separate(self) -> None:
+        """From now on samples run one at a time."""
+        self.one_by_one = True
+
+    def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
+        """Add the squares of one backward pass; for the batch estimator, keep its gradients."""
+        self.found.clear()
+        loss.backward(retain_graph=again)
+        for key, gradient in self.found.items():
+            if self.estimator == "batch":
+                self.means[key] = self.means.get(key, 0) + _wide(gradient).sum(0)
+            else:
+                self.sums[key] = self.sums.get(key, 0) + _squared(gradient, weight)
+
+    def end_batch(self, samples: int) -> None:
+        """Add the squared mean of the batch, if that is what the estimator squares."""
+        for key, total in self.means.items():
+            self.sums[key] = self.sums.get(key, 0) + (total / samples).square()
+        self.means.clear()
 
     def _before_output(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self._watch(site, args[0], None), *args[1:])
@@ -69,22 +102,24 @@ class MaskGradients:
         return self._watch(site, output, getattr(module, "bias", None))
 
     def _watch(self, site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
-        if self.inputs is not None:
-            self.inputs[site.output] = tensor.detach()
+        if self.seen is not None:
+            self.seen[site.output] = tensor.detach()
         if not torch.is_grad_enabled():
             return tensor
         if not tensor.requires_grad:  # The first site: autograd starts here, not at the embeddings.
             tensor = tensor.detach().requires_grad_()
         # The hook must hold another tensor object than the one it is registered on, else the two keep
         # each other alive.
-        tensor.register_hook(partial(self._from_activation, site, tensor.detach(), bias))
+        tensor.register_hook(partial(self._from_activation, site, tensor.detach(), bias, self.samples))
         return tensor
 
-    def _from_activation(self, site: Site, values: Tensor, bias: Tensor | None, gradient: Tensor) -> None:
+    def _from_activation(
+        self, site: Site, values: Tensor, bias: Tensor | None, samples: int, gradient: Tensor
+    ) -> None:
         wide = torch.promote_types(values.dtype, torch.float32)
         masked = values.to(wide) if bias is None else values.to(wide) - bias.to(wide)
         product = masked * gradient.to(wide)
-        per_sample = product.reshape(self.samples, -1, product.shape[-1]).sum(1)
+        per_sample = product.reshape(samples, -1, product.shape[-1]).sum(1)
         if site.kind == "attention":
             heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
             self._add(site, "head_fisher", heads)
@@ -105,6 +140,18 @@ class MaskGradients:
     def _add(self, site: Site, node: Node, value: Tensor) -> None:
         key = (site.output, node)
         self.found[key] = self.found[key] + value if key in self.found else value
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    return gradient.to(torch.float32 if gradient.device.type == "mps" else torch.float64)
+
+
+def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
+    """One batch's contribution to the sum, ``[B, ...] -> [...]``."""
+    squares = _wide(gradient).square()
+    if weight is not None:
+        squares *= weight.reshape(-1, *[1] * (squares.ndim - 1))
+    return squares.sum(0)
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

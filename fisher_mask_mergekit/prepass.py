@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fisher_mask_mergekit import store
-from fisher_mask_mergekit.batches import lacks_for_padding, padded_batches
-from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
+from fisher_mask_mergekit import measure_diagonal, measure_mask, store
+from fisher_mask_mergekit.batches import lacks_for_padding
+from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import (
     FisherMaskError,
     MeasurementError,
@@ -25,13 +23,9 @@ from fisher_mask_mergekit.errors import (
     SidecarError,
     first_line,
 )
-from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
-from fisher_mask_mergekit.job import Inputs, Job
-from fisher_mask_mergekit.layout_check import check_layout
-from fisher_mask_mergekit.loading import load_model
-from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, read, write
-from fisher_mask_mergekit.sites import stack_of
-from fisher_mask_mergekit.skeleton import sites_in
+from fisher_mask_mergekit.fisher import MaskFisher
+from fisher_mask_mergekit.job import AnySidecar, Inputs, Job
+from fisher_mask_mergekit.sidecar import Measurement, read
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -47,7 +41,7 @@ class Outcome:
         notes: What the user should know.
     """
 
-    sidecar: Sidecar
+    sidecar: AnySidecar
     path: Path
     seconds: float
     served: bool
@@ -94,7 +88,8 @@ def compute(
         path = Path(job.served.source)
         return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
     assert job.inputs is not None
-    model, values = _load(job, job.inputs)
+    kind: Any = measure_mask if job.settings.kind == "mask" else measure_diagonal
+    model, values = kind.load(job, job.inputs)
     batch_size, notes = job.settings.batch_size, []
     if lacking := lacks_for_padding(job.inputs.tokenizer):
         batch_size = 1
@@ -102,24 +97,15 @@ def compute(
     on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
     with model_errors(job.checkpoint.name, job.model_class, batch_size):
-        measured = _measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
+        measured = kind.measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
     seconds = time.perf_counter() - started
-    fisher = {
-        site.output: {
-            node: measured.fisher[site.output, node].to("cpu", torch.float32) for node in site.nodes()
-        }
-        for site in job.sites
-    }
-    sidecar = Sidecar(_metadata(job, job.inputs, measured, device), fisher, values, str(job.target))
     notes += _replaced(job)
-    write(sidecar, job.target)
+    sidecar = kind.save(job, measured, values, _facts(job, job.inputs, measured, device))
     if measured.one_by_one and batch_size > 1:
         notes.append(
             f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
         )
-    if measured.unreached:
-        stacks = sorted({stack_of(output) for output in measured.unreached})
-        notes.append(f"no sample ran through {', '.join(stacks)}: a merge averages it")
+    notes += kind.notes(measured)
     return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, sidecar.metadata, job.target)))
 
 
@@ -134,82 +120,30 @@ def _replaced(job: Job) -> list[str]:
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
 
-def _load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model in the dtype asked for, and the values that a merge will know its governed tensors by."""
-    dtype = getattr(torch, job.settings.dtype)
-    names = {tensor.name for site in job.sites for tensor in site.tensors}
-    filed = names & tensor_shapes(job.checkpoint).keys()
-    made = names - filed
-    values, wide = {}, dtype
-    for name, tensor in read_tensors(job.checkpoint, filed):
-        values[name] = probe(tensor)
-        if made:  # What only the loaded model has, fused from others, must not have lost digits yet.
-            wide = torch.promote_types(wide, tensor.dtype)
-    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
-    values |= {name: probe(model.get_parameter(name)) for name in made}
-    if dtype == torch.float64 and any(site.experts for site in job.sites):
-        # What transformers runs experts with otherwise has no float64.
-        model.set_experts_implementation("eager")
-    if wide != dtype:
-        for parameter in model.parameters():  # Not the buffers: rotary frequencies stay float32.
-            parameter.data = parameter.data.to(dtype)
-    return model, values
+def _facts(
+    job: Job, inputs: Inputs, measured: MaskFisher | DiagonalFisher, device: torch.device
+) -> dict[str, Any]:
+    """What every kind of sidecar says of its measurement, as the fields of :class:`Measurement`."""
+    return {
+        "checkpoint": job.checkpoint.name,
+        "revision": job.checkpoint.revision,
+        "architecture": job.model_class.__name__,
+        "task": job.task.kind,
+        "weights": job.weights,
+        "settings": job.settings,
+        "data": job.data,
+        "samples": measured.samples,
+        "max_length": inputs.max_length,
+        "truncated": inputs.encoded.truncated,
+        "accuracy": None if math.isnan(measured.accuracy) else measured.accuracy,
+        "loss": measured.loss,
+        "versions": _versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
-def _measure(
-    job: Job,
-    inputs: Inputs,
-    model: nn.Module,
-    device: torch.device,
-    batch_size: int,
-    on_batch: Callable[[Batch], None],
-) -> MaskFisher:
-    settings = job.settings
-    batched = partial(
-        padded_batches,
-        inputs.encoded,
-        inputs.tokenizer,
-        by_length=settings.estimator == "sample",
-        device=device,
-    )
-    sites = sites_in(model)  # As the model in memory is laid out, whatever the files are.
-    check_layout(model, job.task, next(iter(batched(batch_size=1))), sites)
-    return mask_fisher(
-        model,
-        batched(batch_size=batch_size),
-        sites,
-        job.task,
-        labels=settings.labels,
-        estimator=settings.estimator,
-        mask_placement=settings.mask_placement,
-        seed=settings.seed,
-        on_batch=on_batch,
-    )
-
-
-def _metadata(job: Job, inputs: Inputs, measured: MaskFisher, device: torch.device) -> Metadata:
-    return Metadata(
-        format_version=FORMAT_VERSION,
-        checkpoint=job.checkpoint.name,
-        revision=job.checkpoint.revision,
-        architecture=job.model_class.__name__,
-        task=job.task.kind,
-        weights=job.weights,
-        settings=job.settings,
-        data=job.data,
-        samples=measured.samples,
-        max_length=inputs.max_length,
-        truncated=inputs.encoded.truncated,
-        accuracy=None if math.isnan(measured.accuracy) else measured.accuracy,
-        loss=measured.loss,
-        versions=_versions(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        sites=job.sites,
-    )
-
-
-def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
+def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
     """What the user should know about a measurement, fresh or not."""
     notes = []
     asked, data = job.settings.samples, metadata.data
@@ -242,7 +176,7 @@ def _notes(job: Job, metadata: Metadata, path: Path) -> list[str]:
             f"frequent label ({data.majority:.3f}). The data's labels probably do not match the checkpoint's: "
             "compare them, and use label_map."
         )
-    preferred = store.find(job.checkpoint)
+    preferred = store.find(job.checkpoint, job.settings.kind)
     if not job.elsewhere and preferred != path:
         notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
     return notes

@@ -9,9 +9,12 @@ import yaml
 from pydantic import ValidationError
 
 from fisher_mask_mergekit.errors import RecipeError
-from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings
+from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings, Kind
 
 METHOD = "fisher_mask"
+DIAGONAL_METHOD = "fisher_diagonal"
+KIND_OF_METHOD: dict[str, Kind] = {METHOD: "mask", DIAGONAL_METHOD: "diagonal"}
+"""What a merge method goes by, and so what is measured for it unless the recipe or an option says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class RecipeModel:
     Attributes:
         name: As the recipe writes it.
         settings: What to measure; None if the recipe names no data for it.
+        kind: Of Fisher information.
         weight: Its ``weight`` parameter; None if it has none; ``varies`` if it is not one plain number, but a
             filter, a gradient, or different in different slices.
         sidecar: Its ``sidecar`` parameter.
@@ -31,6 +35,7 @@ class RecipeModel:
 
     name: str
     settings: FisherSettings | None
+    kind: Kind
     weight: float | Literal["varies"] | None
     sidecar: str | None
     is_base: bool
@@ -77,7 +82,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     if not isinstance(document, dict) or not isinstance(document.get("merge_method"), str):
         raise RecipeError(f"{path} is not a mergekit recipe: it has no merge_method")
     defaults = _mapping(document.get("fisher"), "fisher", path)
-    _settings(defaults, f"{path}: fisher")
+    if (kind := KIND_OF_METHOD.get(document["merge_method"])) is not None:
+        defaults = {"kind": kind, **defaults}
+    _settings({**defaults, **(overrides or {})}, f"{path}: fisher")
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in _entries(document, path):
         found.setdefault(_model_name(entry, path), []).append(entry)
@@ -124,6 +131,7 @@ def _model(
     return RecipeModel(
         name=name,
         settings=settings if settings.data else None,
+        kind=settings.kind,
         weight=weight,
         sidecar=next(iter(sidecars), None) or None,
         is_base=name == base,

@@ -13,6 +13,7 @@ TaskName = Literal[
     "causal-lm",
     "seq2seq-lm",
 ]
+Kind = Literal["mask", "diagonal"]
 Loss = Literal["mean", "sum"]
 Estimator = Literal["sample", "batch"]
 MaskPlacement = Literal["post", "pre"]
@@ -52,6 +53,7 @@ class FisherSettings(_Settings):
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
         labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels.
         dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
+        kind: What is measured: mask nodes (``mask``), or every parameter by itself (``diagonal``).
     """
 
     data: str | None = Field(default=None, min_length=1)
@@ -68,12 +70,18 @@ class FisherSettings(_Settings):
     mask_placement: MaskPlacement = "post"
     labels: Labels = "data"
     dtype: WeightDtype = "float32"
+    kind: Kind = "mask"
 
     @model_validator(mode="after")
     def _combinable(self) -> "FisherSettings":
         if self.estimator == "batch" and self.labels == "exact":
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
+            )
+        if self.kind == "diagonal" and (self.estimator, self.mask_placement) != ("sample", "post"):
+            raise ValueError(
+                "kind 'diagonal' squares every sample's gradients and has no masks; it takes estimator sample and "
+                "mask_placement post"
             )
         return self
 

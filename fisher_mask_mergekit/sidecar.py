@@ -6,7 +6,7 @@ The format is described in ``docs/sidecar.md``.
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,11 +33,13 @@ _MAX_HEADER_BYTES = 32 << 20
 _STRIDE = 2654435761  # A prime larger than any row, so that the values are spread over rows and columns.
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Something that a sidecar says. Unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataRecord(_Record):
+class DataRecord(Record):
     """What the samples were, after conventions and defaults were resolved.
 
     Attributes:
@@ -62,8 +64,8 @@ class DataRecord(_Record):
     majority: float | None = Field(ge=0, le=1)
 
 
-class Metadata(_Record):
-    """Everything about a measurement but its numbers.
+class Measurement(Record):
+    """What was measured, on what, and with what.
 
     Attributes:
         format_version: Of this file format.
@@ -82,7 +84,6 @@ class Metadata(_Record):
         versions: Of the libraries that took part.
         device: What it ran on.
         date: When, ISO 8601 in UTC.
-        sites: Where the mask nodes are and what they govern.
     """
 
     format_version: Literal[1]
@@ -101,12 +102,21 @@ class Metadata(_Record):
     versions: dict[str, str]
     device: str
     date: str
-    sites: tuple[Site, ...] = Field(min_length=1)
 
     @property
     def described_checkpoint(self) -> str:
         """The checkpoint's name and revision, for messages."""
         return f"'{self.checkpoint}'" + (f" (revision {self.revision[:7]})" if self.revision else "")
+
+
+class Metadata(Measurement):
+    """Everything about mask nodes but their numbers.
+
+    Attributes:
+        sites: Where the mask nodes are and what they govern.
+    """
+
+    sites: tuple[Site, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,15 +176,11 @@ class Sidecar:
         family = self._by_template.get(name_template(name))
         if family is None:
             return None
-        if name in self.governed and self._fits(name, tensor):
-            return self.governed[name]
-        found = [other for other in family if other != name and self._fits(other, tensor)]
-        if len(found) == 1:
-            return self.governed[found[0]]
-        what = f"fits several layers ({', '.join(found[:3])})" if found else "has other values"
-        raise SidecarMismatchError(
-            f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}: tensor '{name}' {what}"
-        )
+        return self.governed[which_tensor(name, tensor, family, self._fits, self._about)]
+
+    @property
+    def _about(self) -> str:
+        return f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
 
     def _fits(self, name: str, tensor: Tensor) -> bool:
         _, governed = self.governed[name]
@@ -182,6 +188,30 @@ class Sidecar:
             return False
         got = probe(tensor)
         return torch.equal(self.values[name][: len(got)].to(got.dtype), got)
+
+
+def which_tensor(
+    name: str, tensor: Tensor, family: Sequence[str], fits: Callable[[str, Tensor], bool], about: str
+) -> str:
+    """Which of a checkpoint's tensors this is: the one of that name if its values fit, else the only one that fits.
+
+    Args:
+        name: The name it goes by.
+        tensor: The tensor.
+        family: The names of the same tensor in all layers.
+        fits: Whether a tensor has the values that are kept of a name.
+        about: Whose tensors, for messages.
+
+    Raises:
+        SidecarMismatchError: If none fits, or several.
+    """
+    if name in family and fits(name, tensor):
+        return name
+    found = [other for other in family if other != name and fits(other, tensor)]
+    if len(found) == 1:
+        return found[0]
+    what = f"fits several layers ({', '.join(found[:3])})" if found else "has other values"
+    raise SidecarMismatchError(f"{about}: tensor '{name}' {what}")
 
 
 def probe(tensor: Tensor) -> Tensor:
@@ -291,9 +321,14 @@ def _read_metadata(content: bytes, path: Path) -> Metadata:
     try:
         return Metadata.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise SidecarError(f"{path}: metadata field '{where:.80}': {first['msg']:.200}") from error
+        raise bad_field(path, error) from error
+
+
+def bad_field(path: Path, error: ValidationError) -> SidecarError:
+    """The first field that is not as it must be."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return SidecarError(f"{path}: metadata field '{where:.80}': {first['msg']:.200}")
 
 
 def _assemble(metadata: Metadata, tensors: Mapping[str, Tensor], path: Path) -> Sidecar:

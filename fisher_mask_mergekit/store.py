@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fisher_mask_mergekit.checkpoint import Checkpoint
+from fisher_mask_mergekit.settings import Kind
 
 # A subfolder, because some inference servers load every .safetensors file at the top level.
 BESIDE = Path("fisher") / "mask_fisher.safetensors"
+DIAGONAL_BESIDE = Path("fisher") / "diagonal"  # A folder: as large as the weights, so in shards.
+_PLACES: dict[Kind, Path] = {"mask": BESIDE, "diagonal": DIAGONAL_BESIDE}
 
 
 def cache_folder() -> Path:
@@ -21,7 +24,7 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "fisher-mask-mergekit"
 
 
-def cached(checkpoint: Checkpoint) -> Path:
+def cached(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
     """The checkpoint's place in the cache, keyed by id and revision, or by path for a local folder."""
     if checkpoint.revision is not None:
         key = f"{checkpoint.name.partition('@')[0].replace('/', '--')}--{checkpoint.revision}"
@@ -32,7 +35,7 @@ def cached(checkpoint: Checkpoint) -> Path:
         ]
         digest = hashlib.sha256("+".join(paths).encode()).hexdigest()[:16]
         key = f"local--{Path(paths[-1]).name}-{digest}"
-    return cache_folder() / key / BESIDE.name
+    return cache_folder() / key / _PLACES[kind].name
 
 
 def absolute(name: str) -> str:
@@ -46,34 +49,35 @@ def adapted(name: str) -> tuple[str, str, str] | None:
     return name.partition("+") if "+" in name and not Path(name).exists() else None
 
 
-def _beside(checkpoint: Checkpoint) -> Path | None:
+def _beside(checkpoint: Checkpoint, kind: Kind) -> Path | None:
     """In the checkpoint's folder; in the adapter's, if that is what was measured and it lies here."""
     reference = adapted(checkpoint.name)
     if reference is None:
-        return checkpoint.folder / BESIDE
-    return Path(reference[2]) / BESIDE if Path(reference[2]).is_dir() else None
+        return checkpoint.folder / _PLACES[kind]
+    return Path(reference[2]) / _PLACES[kind] if Path(reference[2]).is_dir() else None
 
 
-def find_all(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's sidecars in the order a merge prefers them: beside it, then in the cache."""
-    if (beside := _beside(checkpoint)) and beside.is_file():
+def find_all(checkpoint: Checkpoint, kind: Kind = "mask") -> Iterator[Path]:
+    """The checkpoint's sidecars of a kind in the order a merge prefers them: beside it, then in the cache."""
+    is_there = Path.is_file if kind == "mask" else Path.is_dir
+    if (beside := _beside(checkpoint, kind)) and is_there(beside):
         yield beside
-    if (kept := cached(checkpoint)).is_file():
+    if is_there(kept := cached(checkpoint, kind)):
         yield kept
 
 
-def find(checkpoint: Checkpoint) -> Path | None:
+def find(checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
     """The sidecar that a merge uses unless the recipe names one."""
     # Asked for every tensor of a merge: what comes second is not looked up where there is a first.
-    return next(find_all(checkpoint), None)
+    return next(find_all(checkpoint, kind), None)
 
 
-def destination(checkpoint: Checkpoint) -> Path:
+def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
     """Where ``compute`` writes: beside a local checkpoint; to the cache if that is a hub id or read-only."""
-    beside = _beside(checkpoint)
+    beside = _beside(checkpoint, kind)
     if checkpoint.revision is None and beside and os.access(beside.parent.parent, os.W_OK):
         return beside
-    return cached(checkpoint)
+    return cached(checkpoint, kind)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -90,14 +94,15 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).chmod(0o666 & ~umask())
         Path(temporary).replace(path)
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's, which temporary files are not made by."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -109,3 +109,27 @@ def naive_fisher(
             for key, gradient in gradients.items():
                 sums[key] = sums.get(key, 0) + weight * gradient**2
     return {key: total / len(samples) for key, total in sums.items()}
+
+
+def naive_diagonal(
+    model: nn.Module, task: Task, samples: Iterable[Batch], labels: str = "data", seed: int = 0
+) -> dict[str, Tensor]:
+    """Mean over samples of the squared gradient of every parameter, by autograd; zero where none arrives."""
+    model.eval()
+    parameters = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    sums = {name: torch.zeros_like(value.requires_grad_()) for name, value in parameters.items()}
+    samples = list(samples)
+    for sample in samples:
+        likelihood = task.likelihood(model, sample)
+        terms: list[Any] = [(None, torch.ones(1))]
+        if labels == "exact":
+            terms = list(likelihood.expectation())
+        elif labels == "sampled":
+            terms = [(likelihood.sampled(seed), torch.ones(1))]
+        for outcomes, weight in terms:
+            loss = likelihood.losses(outcomes).sum()
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+            for name, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    sums[name] += weight[0].to(gradient.dtype) * gradient**2
+    return {name: total / len(samples) for name, total in sums.items()}

@@ -228,7 +228,9 @@ def compute_checkpoint(model: Any, folder: Path, seed: int) -> Mapping[str, Mapp
     rows = [row_for(task_of(model.config, "it", FisherSettings()).name, draw) for _ in range(6)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = prepare(str(folder), FisherSettings(data=str(data), batch_size=3))
-    return compute(job, torch.device("cpu")).sidecar.fisher
+    sidecar = compute(job, torch.device("cpu")).sidecar
+    assert isinstance(sidecar, Sidecar)
+    return sidecar.fisher
 
 
 def row_for(task: str, draw: tiny_tasks.Draw) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.draft import draft_recipe
+from fisher_mask_mergekit.job import prepare
+from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.preview import check_sidecars
 from fisher_mask_mergekit.preview.check import check_recipe
 from fisher_mask_mergekit.preview.findings import Finding
@@ -426,3 +428,27 @@ def test_names_that_mergekit_cannot_use_as_they_are(
     assert next(
         f.detail for f in check_recipe(recipe_for(tmp_path, [pair[0], "./none"])) if f.level == "error"
     ) == ("there is no folder ./none")
+
+
+def test_a_recipe_for_the_full_fisher_information(tmp_path: Path) -> None:
+    folder, data = tiny.checkpoint(tmp_path / "one"), tiny.write_data(tmp_path / "data.jsonl")
+    other = tiny.sibling(tmp_path / "two", folder, seed=1)
+    recipe = tmp_path / "recipe.yml"
+    entries = ", ".join(
+        f"{{model: {one}, fisher: {{data: {data}}}, parameters: {{weight: 1.0}}}}" for one in (folder, other)
+    )
+    recipe.write_text(
+        f"merge_method: fisher_diagonal\nmodels: [{entries}]\nbase_model: {folder}\ndtype: float32\n"
+    )
+    absent = [(one.level, one.what, one.detail) for one in check_recipe(recipe)]
+    assert absent == [("error", "sidecar", f"there is none for {one}") for one in (folder, other)]
+    for one in (folder, other):
+        settings = FisherSettings(data=str(data), samples=6, kind="diagonal")
+        compute(prepare(str(one), settings), torch.device("cpu"))
+    assert check_recipe(recipe) == []
+    tiny.sibling(other, folder, seed=2)
+    (found,) = check_recipe(recipe)
+    assert "has other values" in found.detail
+    assert found.remedy == f"mergekit-fisher compute {recipe}"
+    next((folder / "fisher" / "diagonal").glob("*.safetensors")).unlink()
+    assert any("lacks diagonal_fisher-00001-of-00001" in found.detail for found in check_recipe(recipe))

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import BertModel
 from typer.testing import CliRunner, Result
 
-from fisher_mask_mergekit import prepass, store
+from fisher_mask_mergekit import measure_mask, store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from tests import tiny
@@ -441,7 +441,7 @@ def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch:
     def full(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(prepass, "mask_fisher", full)
+    monkeypatch.setattr(measure_mask, "mask_fisher", full)
     assert "too little memory for batches of 32; take a smaller batch_size" in run(
         "compute", model, "--data", data, code=1
     ).stderr  # fmt: skip

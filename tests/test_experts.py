@@ -28,7 +28,9 @@ def measured(folder: Path, data: Path, dtype: Any = "float32") -> Sidecar:
     build(MIXTRAL).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     job = prepare(str(folder), FisherSettings(data=str(data), samples=6, dtype=dtype))
-    return compute(job, torch.device("cpu")).sidecar
+    sidecar = compute(job, torch.device("cpu")).sidecar
+    assert isinstance(sidecar, Sidecar)
+    return sidecar
 
 
 def test_an_expert_that_no_token_reached_has_zero() -> None:
@@ -103,6 +105,7 @@ def test_files_that_store_experts_transposed_are_merged_as_they_are(tmp_path: Pa
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         states.append(state)
         done = compute(prepare(str(folder), FisherSettings(data=str(data))), torch.device("cpu"))
+        assert isinstance(done.sidecar, Sidecar)
         fishers.append(done.sidecar.fisher)
     lines = [f"  - {{model: {tmp_path / name}, parameters: {{weight: 1.0}}}}" for name in ("one", "two")]
     head = f"merge_method: fisher_mask\nbase_model: {tmp_path / 'one'}\ndtype: float32\nmodels:"

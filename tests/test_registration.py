@@ -28,10 +28,15 @@ def output(code: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
-LISTED = "from mergekit.merge_methods import registered_methods as r; print([m.spec.name for m in r()].count('fisher_mask'))"
+NAMES = "[m.spec.name for m in r() if m.spec.name.startswith('fisher_')]"
+# How often each of the methods is there: the same for both.
+LISTED = (
+    f"from mergekit.merge_methods import registered_methods as r; names = {NAMES}; "
+    "print(*{names.count(name) for name in ('fisher_mask', 'fisher_diagonal')})"
+)
 
 
-def test_the_host_lists_the_method() -> None:
+def test_the_host_lists_the_methods() -> None:
     assert output(LISTED) == "1"
 
 
@@ -43,6 +48,8 @@ def test_importing_the_package_registers_too_in_either_order_and_once() -> None:
     assert output(f"import fisher_mask_mergekit; {LISTED}") == "1"
     assert output(f"import fisher_mask_mergekit.method; {LISTED}") == "1"
     assert output(f"import fisher_mask_mergekit.method; {LISTED}", **off) == "1"
+    assert output(f"import fisher_mask_mergekit.diagonal_method; {LISTED}", **off) == "1"
+    assert output(f"import fisher_mask_mergekit.merging; {LISTED}", **off) == "1"
     twice = "import mergekit.merge_methods; from fisher_mask_mergekit.autoload import install; install(); install()"
     assert output(f"{twice}; {LISTED}") == "1"
 
@@ -67,6 +74,11 @@ def test_a_plain_import_of_torch_loads_nothing_heavy() -> None:
     ("module", "absent"),
     [
         ("method", "('datasets.load', 'typer', 'fisher_mask_mergekit.prepass', 'fisher_mask_mergekit.data')"),
+        (
+            "diagonal_method",
+            "('datasets.load', 'typer', 'fisher_mask_mergekit.prepass', 'fisher_mask_mergekit.data')",
+        ),
+        ("merging", "('mergekit', 'typer', 'transformers', 'datasets.load')"),
         ("prepass", "('mergekit', 'typer', 'fisher_mask_mergekit.method')"),
         ("cli", "('torch', 'transformers', 'datasets', 'mergekit', 'pydantic')"),
         ("recipe", "('torch', 'transformers', 'datasets', 'mergekit')"),
@@ -80,7 +92,7 @@ def test_modules_do_not_load_what_they_do_not_need(module: str, absent: str) -> 
 
 @pytest.mark.parametrize("broken", ["raise ImportError('broken')", "raise SystemError('broken')", "1/0"])
 def test_a_broken_registration_breaks_neither_torch_nor_mergekit(broken: str, tmp_path: Path) -> None:
-    """The method's module is replaced by one that fails to import."""
+    """A method's module is replaced by one that fails to import; the other method is there all the same."""
     code = f"""
 import sys, importlib.abc, importlib.util
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -91,11 +103,12 @@ class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 sys.meta_path.insert(0, Broken())
 import torch
 torch.ones(1)
-{LISTED}
+from mergekit.merge_methods import registered_methods as r
+print({NAMES})
 """
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "0"
+    assert result.stdout.strip() == "['fisher_diagonal']"
     assert "mergekit will not know the merge method 'fisher_mask'" in result.stderr
 
 
@@ -110,6 +123,10 @@ def test_entry_points_are_declared() -> None:
     found = {(point.group, point.name): point.value for point in points}
     assert found["torch.backends", "fisher_mask_mergekit"] == "fisher_mask_mergekit.autoload:install"
     assert found["mergekit.merge_methods", "fisher_mask"] == "fisher_mask_mergekit.method:fisher_mask"
+    assert (
+        found["mergekit.merge_methods", "fisher_diagonal"]
+        == "fisher_mask_mergekit.diagonal_method:fisher_diagonal"
+    )
     assert found["console_scripts", "mergekit-fisher"] == "fisher_mask_mergekit.cli:main"
 
 

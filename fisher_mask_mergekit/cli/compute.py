@@ -20,6 +20,13 @@ def compute(
         str,
         typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yml), a checkpoint's folder or its hub id."),
     ],
+    kind: Annotated[
+        Literal["mask", "diagonal"] | None,
+        typer.Option(
+            help="Measure mask nodes, for fisher_mask, or every parameter, for fisher_diagonal. [default: told by "
+            "the recipe's merge_method, else mask]"
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Data set: path[:config[:split]][@revision], or a .jsonl, .csv or .parquet file."),
@@ -97,6 +104,7 @@ def compute(
 ) -> None:
     """Measure the checkpoints of a recipe, or one checkpoint, and write their sidecars."""
     given: dict[str, Any] = {
+        "kind": kind,
         "data": data,
         "samples": samples,
         "seed": seed,
@@ -138,7 +146,7 @@ def _requests(
     """What to measure: model, settings, and where to write if not to the usual place."""
     from pydantic import ValidationError
 
-    from fisher_mask_mergekit.recipe import METHOD, describe, read_recipe
+    from fisher_mask_mergekit.recipe import KIND_OF_METHOD, describe, read_recipe
     from fisher_mask_mergekit.settings import FisherSettings
 
     if Path(target).suffix not in (".yml", ".yaml") and not Path(target).is_file():
@@ -152,7 +160,7 @@ def _requests(
             raise RecipeError(describe(error)) from error
         return
     recipe = read_recipe(Path(target), overrides)
-    if recipe.method != METHOD:
+    if recipe.method not in KIND_OF_METHOD:
         say(f"{target}: merge_method is {recipe.method}, which uses no sidecars; measuring all the same")
     measurable = [model for model in recipe.models if model.settings is not None]
     for model in recipe.models:
@@ -160,12 +168,19 @@ def _requests(
             _check_has_sidecar(model, target)
     if out is not None and len(measurable) > 1:
         raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
-    paths = [model.sidecar for model in measurable if model.sidecar]
-    if len(set(paths)) < len(paths):
-        raise RecipeError(f"{target}: two models have the same sidecar: {max(paths, key=paths.count)}")
+    # What a recipe's sidecar names is of the kind that its method reads.
+    paths = {
+        m.name: m.sidecar
+        for m in measurable
+        if m.sidecar and m.kind == KIND_OF_METHOD.get(recipe.method, m.kind)
+    }
+    if len(set(paths.values())) < len(paths):
+        double = max(paths.values(), key=list(paths.values()).count)
+        raise RecipeError(f"{target}: two models have the same sidecar: {double}")
     for model in measurable:
         assert model.settings is not None
-        yield model.name, model.settings, out or (Path(model.sidecar).expanduser() if model.sidecar else None)
+        path = paths.get(model.name)
+        yield model.name, model.settings, out or (Path(path).expanduser() if path else None)
 
 
 def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
@@ -173,7 +188,7 @@ def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
     from fisher_mask_mergekit import store
     from fisher_mask_mergekit.checkpoint import locate
 
-    found = model.sidecar or store.find(locate(model.name))
+    found = model.sidecar or store.find(locate(model.name), model.kind)
     if found is None:
         raise RecipeError(
             f"{recipe}: {model.name} has no sidecar and no data to measure it on; "

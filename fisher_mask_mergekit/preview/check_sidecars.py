@@ -2,22 +2,25 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import modern, read_tensors
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.forecast import counted, forecast
 from fisher_mask_mergekit.preview.inspection import sidecar_of
 from fisher_mask_mergekit.preview.peek import Peeked, same_weights
 from fisher_mask_mergekit.preview.plan import Output
-from fisher_mask_mergekit.recipe import Recipe, RecipeModel
-from fisher_mask_mergekit.sidecar import Metadata, Sidecar
+from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, Recipe, RecipeModel
+from fisher_mask_mergekit.sidecar import Measurement, Sidecar
 
 _UNEQUAL_LOSSES = 2.0
 """From which ratio of losses on they are warned of."""
 
-_COMPARED: Mapping[str, Callable[[Metadata], Any]] = {
+_COMPARED: Mapping[str, Callable[[Measurement], Any]] = {
     "task": lambda metadata: metadata.task,
     "loss": lambda metadata: metadata.settings.loss,
     "estimator": lambda metadata: metadata.settings.estimator,
@@ -38,6 +41,11 @@ def check_sidecars(
         outputs: mergekit's plan; empty if there is none.
     """
     needed = _needed(recipe, outputs)
+    normalized = any(output.parameters.get("normalize") in ("model", "layer") for output in outputs)
+    if recipe.method == DIAGONAL_METHOD:
+        chosen = [model for model in recipe.models if model.name in needed and model.name in models]
+        yield from _diagonal(recipe, chosen, models, outputs, normalized)
+        return
     sidecars: dict[str, Sidecar | None] = {}
     for model in recipe.models:
         if model.name not in needed or model.name not in models:
@@ -54,8 +62,36 @@ def check_sidecars(
             yield from _misfits(recipe, model, models[model.name], sidecar, outputs)
             yield from _outdated(recipe, model, sidecar)
     yield from _disagreement(recipe, outputs, sidecars)
-    normalized = any(output.parameters.get("normalize") in ("model", "layer") for output in outputs)
     yield from _unlike({name: one.metadata for name, one in sidecars.items() if one}, normalized)
+
+
+def _diagonal(
+    recipe: Recipe,
+    needed: Sequence[RecipeModel],
+    models: Mapping[str, Peeked],
+    outputs: Sequence[Output],
+    normalized: bool,
+) -> Iterator[Finding]:
+    """The same for full-size sidecars. Of those on the hub nothing can be told without a download of them."""
+    measured: dict[str, Measurement] = {}
+    for model in needed:
+        peeked = models[model.name]
+        path = (
+            Path(model.sidecar).expanduser() if model.sidecar else store.find(peeked.checkpoint, "diagonal")
+        )
+        if path is None:
+            if peeked.checkpoint.revision is None:
+                yield _absent(recipe, model, outputs)
+            continue
+        try:
+            sidecar = read_diagonal(path)
+        except SidecarError as error:
+            yield Finding("error", "sidecar", str(error), _compute(recipe, model))
+            continue
+        measured[model.name] = sidecar.metadata
+        if peeked.readable:
+            yield from _other_values(model, peeked, sidecar, _compute(recipe, model))
+    yield from _unlike(measured, normalized)
 
 
 def _needed(recipe: Recipe, outputs: Sequence[Output]) -> set[str]:
@@ -77,7 +113,8 @@ def _compute(recipe: Recipe, model: RecipeModel) -> str:
     if model.settings is not None:
         return f"mergekit-fisher compute {shlex.quote(str(recipe.path))}"
     out = f" --out {shlex.quote(model.sidecar)}" if model.sidecar else ""
-    return f"mergekit-fisher compute {shlex.quote(model.name)} --data DATASET{out}"
+    kind = "" if model.kind == "mask" else f" --kind {model.kind}"
+    return f"mergekit-fisher compute {shlex.quote(model.name)}{kind} --data DATASET{out}"
 
 
 def _absent(recipe: Recipe, model: RecipeModel, outputs: Sequence[Output]) -> Finding:
@@ -114,8 +151,11 @@ def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar) -> Iterator[
         yield Finding("warning", "sidecar", detail, _compute(recipe, model))
 
 
-def _other_values(model: RecipeModel, peeked: Peeked, sidecar: Sidecar, remedy: str) -> Iterator[Finding]:
-    wanted = sidecar.governed.keys() & {modern(name) for name in peeked.shapes or ()}
+def _other_values(
+    model: RecipeModel, peeked: Peeked, sidecar: Sidecar | DiagonalSidecar, remedy: str
+) -> Iterator[Finding]:
+    known = sidecar.records.keys() if isinstance(sidecar, DiagonalSidecar) else sidecar.governed.keys()
+    wanted = known & {modern(name) for name in peeked.shapes or ()}
     for name, tensor in read_tensors(peeked.checkpoint, wanted):
         try:
             sidecar.identify(name, tensor)
@@ -158,7 +198,7 @@ def _disagreement(
             continue  # Reported with the weights.
 
 
-def _unlike(measured: Mapping[str, Metadata], normalized: bool) -> Iterator[Finding]:
+def _unlike(measured: Mapping[str, Measurement], normalized: bool) -> Iterator[Finding]:
     """What makes the scales of the models' Fisher information differ."""
     for name, value in _COMPARED.items():
         values = {model: value(metadata) for model, metadata in measured.items()}

@@ -14,7 +14,7 @@ from fisher_mask_mergekit.errors import RecipeError, SidecarNotFoundError
 from fisher_mask_mergekit.preview.forecast import Forecast, forecast
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
-from fisher_mask_mergekit.recipe import METHOD, Recipe, RecipeModel
+from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe, RecipeModel
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.sites import name_template
 
@@ -125,7 +125,8 @@ def recipe_shares(
         FisherMaskError: If the merge would fail for a reason that can be known without the weights.
     """
     if recipe.method != METHOD:
-        raise RecipeError(f"{recipe.path}: merge_method is {recipe.method}, which uses no sidecars")
+        uses = "has no mask nodes to show" if recipe.method == DIAGONAL_METHOD else "uses no sidecars"
+        raise RecipeError(f"{recipe.path}: merge_method is {recipe.method}, which {uses}")
     models = {model.name: peek(model.name) for model in recipe.models}
     for name, peeked in models.items():
         if peeked.shapes is None:

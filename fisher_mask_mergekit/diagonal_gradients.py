@@ -1,0 +1,246 @@
+"""Squares of every sample's gradients, added while a backward pass goes by: hooks on all modules with parameters."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.layer_gradients import (
+    Call,
+    Kind,
+    embedding_rows,
+    kind_of,
+    own_parameters,
+    per_sample,
+)
+from fisher_mask_mergekit.passes import Seen
+from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What squares of a tensor's gradients are added in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@dataclass
+class DiagonalGradients:
+    """Hooks that add the squares of every sample's gradients, parameter by parameter, while they go by.
+
+    Attributes:
+        model: The model.
+        parameters: What is measured.
+        one_by_one: Whether samples run one at a time.
+        sums: Over all samples.
+        samples: B of the forward pass.
+        seen: If not None, gets what modules are given and give.
+        uses: How often a parameter enters what its modules give, in a forward pass that only counts.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    one_by_one: bool = False
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 1
+    seen: Seen | None = None
+    uses: Counter[str] | None = None
+    _kinds: dict[nn.Module, Kind] = field(default_factory=dict)
+    _calls: Counter[str] = field(default_factory=Counter)
+    _arrived: dict[str, list[tuple[Call, str, Tensor]]] = field(default_factory=dict)
+    _rows: int | None = None
+    _weight: Tensor | None = None
+    _hooks: ExitStack = field(default_factory=ExitStack)
+    _shared: set[nn.Module] = field(default_factory=set)
+    _counted: list[Call] = field(default_factory=list)
+    _asking: bool = False
+
+    def __post_init__(self) -> None:
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+
+    @contextmanager
+    def attached(self) -> Iterator["DiagonalGradients"]:
+        """Put the hooks on; take them off at the end."""
+        for path, module in self.model.named_modules():
+            inside = [child for child in module.modules() if child is not module]
+            if own_parameters(module) and not any(own_parameters(child) for child in inside):
+                hook = partial(self._after, path)
+                self._hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        try:
+            yield self
+        finally:
+            self._hooks.close()
+
+    def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
+        """A forward pass."""
+        self.samples, self._rows = len(batch.index), None
+        self.seen, self._calls = seen, Counter()
+        return task.likelihood(self.model, batch)
+
+    def fits(self, task: Task, sample: Batch) -> bool:
+        """Whether the loss sees every parameter only in what the hooked modules give."""
+        with ExitStack() as stack:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(True)
+                stack.callback(parameter.requires_grad_, False)
+            self.uses = Counter()
+            try:
+                seen = self._uses(self.run(task, sample).losses().sum(), ())
+                intact = all(call.is_intact() for call in self._counted)
+                return intact and all(count <= self.uses[name] for name, count in seen.items())
+            finally:
+                self.uses = None
+                self._counted.clear()
+
+    def separate(self) -> None:
+        """From now on samples run one at a time, and autograd gives the gradients."""
+        self._hooks.close()
+        self.one_by_one = True
+        for name, parameter in self.parameters.items():
+            self._hooks.callback(setattr, parameter, "grad", parameter.grad)
+            self._hooks.callback(parameter.requires_grad_, False)
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            hook = partial(self._from_autograd, name)
+            self._hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+
+    def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
+        """A backward pass."""
+        self._weight = weight
+        loss.backward(retain_graph=again)
+        for name in list(self._arrived):  # Of runs that the loss does not see, nothing arrives.
+            self._add(name)
+
+    def end_batch(self, samples: int) -> None:
+        """Nothing is kept for a whole batch."""
+
+    def _after(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """What a module gives goes on as it is, but that a gradient has to arrive."""
+        if self._asking or not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        names = [self._names[id(parameter)] for parameter in own_parameters(module).values()]
+        if self.uses is not None:
+            call = Call(module, "other", 1, args, kwargs)
+            self._counted.append(call)
+            self.uses += self._uses(output, call.tensors())
+            return None
+        call, output = self._call(module, args, kwargs, output)
+        if self.seen is not None:
+            run = f"{path}, run {self._calls[names[0]]}"
+            tensors = enumerate((output, *call.tensors()))
+            self.seen |= {f"{run}, tensor {place}": tensor.detach() for place, tensor in tensors}
+        self._calls.update(names)
+        if torch.is_grad_enabled():
+            if not output.requires_grad:
+                # The weights are frozen: here autograd starts. A leaf itself must not be changed in place.
+                output = output.detach().requires_grad_().clone()
+            output.register_hook(partial(self._arrive, call, self._calls))
+        return output
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> tuple[Call, Tensor]:
+        """A module's run, and what it gives: a row per sample also where one stands for all."""
+        if module not in self._kinds:
+            with self._aside():
+                self._kinds[module] = kind_of(module, args, kwargs, output)
+        kind = self._kinds[module]
+        if kind == "embedding" and args[0].ndim == 2:
+            ids = args[0]
+            # Positions, the same for all samples. A table of distances is no such thing: [T, T].
+            if len(ids) == 1 and (ids.shape[1] > 1 or module in self._shared):
+                self._shared.add(module)
+                rows = self._rows or self.samples
+                args, output = (ids.expand(rows, -1),), output.expand(rows, -1, -1)
+            # What is read first is tokens; several rows per sample, where it is a choice among several.
+            self._rows = self._rows or len(args[0])
+        args = tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+        kwargs = {
+            key: value.detach() if isinstance(value, Tensor) else value for key, value in kwargs.items()
+        }
+        return Call(module, kind, self.samples, args, kwargs), output
+
+    @torch.no_grad()
+    def _arrive(self, call: Call, calls: Counter[str], gradient: Tensor) -> None:
+        """The gradient of what a module gave. What waits for no other run of a module is added at once."""
+        if not call.is_intact() or any(t.shape[0] % call.samples for t in (gradient, *call.tensors())):
+            raise MeasurementError(
+                f"a {type(call.module).__name__} does not keep a batch's samples apart, but did in the first batch; "
+                "take batch_size 1"
+            )
+        for own, parameter in own_parameters(call.module).items():
+            name = self._names[id(parameter)]
+            waiting = self._arrived.setdefault(name, [])
+            waiting.append((call, own, gradient))
+            if len(waiting) == calls[name]:
+                self._add(name)
+
+    @torch.no_grad()
+    def _add(self, name: str) -> None:
+        """Add the squares of what arrived for a parameter; several runs' gradients of a sample are summed first."""
+        arrived = self._arrived.pop(name)
+        total, (call, _, gradient) = self._sum(name), arrived[0]
+        with self._aside():
+            if len(arrived) == 1 and call.kind == "embedding":
+                for sample, (rows, found) in enumerate(embedding_rows(call, gradient)):
+                    total.index_add_(0, rows, found.square() * self._factor(sample))
+                return
+            several = [per_sample(*one) for one in arrived]
+            if len(several) == 1 and isinstance(several[0], Tensor):
+                squares = several[0].square()
+                weight = 1 if self._weight is None else self._weight.reshape(-1, *[1] * total.ndim)
+                total += (squares * weight).sum(0)
+                return
+            for sample, parts in enumerate(zip(*several, strict=True)):
+                self._square(total, sum(parts[1:], start=parts[0]), sample)
+
+    @torch.no_grad()
+    def _from_autograd(self, name: str, parameter: Tensor) -> None:
+        """A parameter's gradient for a single sample."""
+        assert parameter.grad is not None
+        total = self._sum(name)
+        self._square(total, parameter.grad.to(total.dtype), 0)
+        parameter.grad = None
+
+    def _square(self, total: Tensor, gradient: Tensor, sample: int) -> None:
+        other = gradient if self._weight is None else gradient * self._factor(sample)
+        total.addcmul_(gradient, other)
+
+    def _factor(self, sample: int) -> Tensor | float:
+        return 1.0 if self._weight is None else self._weight[sample]
+
+    def _sum(self, name: str) -> Tensor:
+        if name not in self.sums:
+            parameter = self.parameters[name]
+            self.sums[name] = torch.zeros_like(parameter, dtype=wide_dtype(parameter), requires_grad=False)
+        return self.sums[name]
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Modules may be run without being looked at."""
+        self._asking = True
+        try:
+            yield
+        finally:
+            self._asking = False
+
+    def _uses(self, output: Tensor, inputs: Iterable[Tensor]) -> Counter[str]:
+        """How often each parameter enters the graph that leads from inputs to an output."""
+        ends = {tensor.grad_fn for tensor in inputs}
+        found: Counter[str] = Counter()
+        pending = [output.grad_fn]
+        done = set(ends)
+        while pending:
+            node = pending.pop()
+            if node is None or node in done:
+                continue
+            done.add(node)
+            for parent, _ in node.next_functions:
+                leaf = self._names.get(id(getattr(parent, "variable", None)))
+                if leaf is None:
+                    pending.append(parent)
+                else:
+                    found[leaf] += 1
+        return found

@@ -1,0 +1,349 @@
+"""The sidecar of a full diagonal Fisher information: a folder of shards, as large as the checkpoint in float32.
+
+The format is described in ``docs/sidecar.md``.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fisher_mask_mergekit.checkpoint import modern
+from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError, first_line
+from fisher_mask_mergekit.sidecar import (
+    VALUES_PER_TENSOR,
+    Measurement,
+    Record,
+    bad_field,
+    probe,
+    which_tensor,
+)
+from fisher_mask_mergekit.sites import name_template
+from fisher_mask_mergekit.store import umask
+
+FORMAT_VERSION: Literal[1] = 1
+INDEX = "diagonal_fisher.json"
+SHARD_BYTES = 5_000_000_000
+"""A shard holds no more than this, unless a single tensor does."""
+
+_MAX_INDEX_BYTES = 1 << 28
+_SHARD = r"diagonal_fisher-\d{5}-of-\d{5}\.safetensors"
+
+
+class _Known(Record):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    values: tuple[float, ...] = Field(max_length=VALUES_PER_TENSOR)
+
+
+class TensorRecord(_Known):
+    """One parameter's Fisher information.
+
+    Attributes:
+        names: Of the parameter: first that in the loaded model, under which its shard has it; then others that it has
+            there or in the checkpoint's files.
+        shape: Its shape.
+        shard: The file that has it.
+        values: Some of the parameter's values, see :func:`~fisher_mask_mergekit.sidecar.probe`.
+    """
+
+    names: tuple[str, ...] = Field(min_length=1)
+    shard: str = Field(pattern=f"^{_SHARD}$")
+
+
+class ViewRecord(_Known):
+    """A tensor of the checkpoint's files that is a piece of a parameter, or a parameter transposed.
+
+    Attributes:
+        name: The tensor's.
+        source: The parameter's first name.
+        shape: The tensor's.
+        offset: Where in the parameter its first element is, in row-major order.
+        strides: How far apart in the parameter its neighbours along each axis are.
+        values: Some of the tensor's values.
+    """
+
+    name: str
+    source: str
+    offset: int = Field(ge=0)
+    strides: tuple[Annotated[int, Field(ge=0)], ...]
+
+
+AnyRecord = TensorRecord | ViewRecord
+
+
+class DiagonalMetadata(Measurement):
+    """Everything about a measurement but its numbers.
+
+    Attributes:
+        mean: Over all parameters.
+        others: Tensors of the checkpoint's files that are no parameters: a merge averages them.
+        tensors: The parameters.
+        views: Other shapes that they have in the checkpoint's files.
+    """
+
+    mean: float = Field(ge=0, allow_inf_nan=False)
+    others: tuple[str, ...]
+    tensors: tuple[TensorRecord, ...] = Field(min_length=1)
+    views: tuple[ViewRecord, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalSidecar:
+    """One checkpoint's full diagonal Fisher information, of which nothing is in memory.
+
+    Attributes:
+        metadata: What was measured and how.
+        folder: Where it is.
+    """
+
+    metadata: DiagonalMetadata
+    folder: Path
+
+    @property
+    def source(self) -> str:
+        """Where it was read from, for messages."""
+        return str(self.folder)
+
+    @cached_property
+    def records(self) -> dict[str, AnyRecord]:
+        """By every name."""
+        views: dict[str, AnyRecord] = {record.name: record for record in self.metadata.views}
+        return views | {name: record for record in self.metadata.tensors for name in record.names}
+
+    @cached_property
+    def _by_template(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name in self.records:
+            names.setdefault(name_template(name), []).append(name)
+        return names
+
+    def identify(self, name: str, tensor: Tensor) -> AnyRecord | None:
+        """Which of the checkpoint's parameters this is, told by its values.
+
+        Args:
+            name: The name it goes by; where a merge moves layers, another layer's.
+            tensor: The tensor, in any floating-point dtype and on any device.
+
+        Returns:
+            Its record; None if it is no parameter.
+
+        Raises:
+            SidecarMismatchError: If the values are not this checkpoint's, or fit several layers; or if it knows
+                no tensor of such a name.
+        """
+        about = f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
+        known = modern(name)
+        family = self._by_template.get(name_template(known))
+        if family is None:
+            if {name, known} & set(self.metadata.others):
+                return None
+            raise SidecarMismatchError(f"{about}: it knows no tensor '{name}'")
+        return self.records[which_tensor(known, tensor, family, self._fits, about)]
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        record = self.records[name]
+        if tuple(tensor.shape) != record.shape:
+            return False
+        got = probe(tensor)
+        return torch.equal(torch.tensor(record.values, dtype=torch.float64, device="cpu").to(got.dtype), got)
+
+    def fisher(self, record: AnyRecord) -> Tensor:
+        """A tensor's Fisher information, float32, on the CPU; read from its shard.
+
+        Raises:
+            SidecarError: If it cannot be read, is negative, or is not finite.
+        """
+        whole = record if isinstance(record, TensorRecord) else self.records[record.source]
+        assert isinstance(whole, TensorRecord)
+        with _shard(self, whole.shard) as tensors:
+            fisher = tensors.get_tensor(whole.names[0])
+        if isinstance(record, ViewRecord):
+            fisher = fisher.as_strided(record.shape, record.strides, record.offset)
+        if fisher.numel():
+            low, high = torch.aminmax(fisher)  # No mask of the tensor's size.
+            if not (float(low) >= 0 and float(high) < float("inf")):
+                raise SidecarError(
+                    f"{self.folder}: {whole.names[0]} has values that are negative or not finite"
+                )
+        return fisher
+
+
+def plan_shards(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Which file each tensor goes into, by the order given and no more than :data:`SHARD_BYTES` in a file."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return {
+        name: f"diagonal_fisher-{number:05}-of-{len(shards):05}.safetensors"
+        for number, names in enumerate(shards, 1)
+        for name in names
+    }
+
+
+def write_diagonal(
+    metadata: DiagonalMetadata, fisher: Callable[[str], Tensor], folder: Path
+) -> DiagonalSidecar:
+    """Write a sidecar into a temporary folder, then rename it: there is a whole one or none.
+
+    Args:
+        metadata: What it is of, and what goes into which shard.
+        fisher: Gives a parameter's Fisher information by its first name. Asked shard by shard.
+        folder: Where it goes; a sidecar that is there is replaced.
+
+    Raises:
+        SidecarError: If it cannot be written; whatever was there is untouched.
+    """
+    shards: dict[str, list[str]] = {}
+    for record in metadata.tensors:
+        shards.setdefault(record.shard, []).append(record.names[0])
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        for shard, names in shards.items():
+            save_file(
+                {name: fisher(name).to("cpu", torch.float32).contiguous() for name in names},
+                temporary / shard,
+            )
+        (temporary / INDEX).write_text(metadata.model_dump_json(), encoding="utf-8")
+        temporary.chmod(0o777 & ~umask())
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            folder.replace(old)
+            try:
+                temporary.replace(folder)
+            except OSError:
+                old.replace(folder)
+                raise
+            shutil.rmtree(old)
+        else:
+            temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SidecarError(f"cannot write {folder}: {reason}; nothing was written") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return DiagonalSidecar(metadata, folder)
+
+
+def may_replace_diagonal(folder: Path) -> bool:
+    """Whether a folder is such a sidecar, whole or not, or there is none: nothing else may be overwritten."""
+    if not folder.exists() and not folder.is_symlink():
+        return True
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = [file.name for file in folder.iterdir()]
+    return all(name == INDEX or re.fullmatch(_SHARD, name) for name in names)
+
+
+def read_diagonal(folder: Path) -> DiagonalSidecar:
+    """Read a sidecar's index and check its shards' headers. Nothing in it is executed or used as a path.
+
+    Raises:
+        SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
+    """
+    metadata = _read_index(folder / INDEX)
+    _check_names(metadata, folder)
+    shards: dict[str, dict[str, TensorRecord]] = {}
+    for record in metadata.tensors:
+        shards.setdefault(record.shard, {})[record.names[0]] = record
+    sidecar = DiagonalSidecar(metadata, folder)
+    for shard, records in shards.items():
+        _check_shard(sidecar, shard, records)
+    return sidecar
+
+
+def _check_names(metadata: DiagonalMetadata, folder: Path) -> None:
+    names = [name for record in metadata.tensors for name in record.names]
+    names += [view.name for view in metadata.views]
+    if len(set(names)) != len(names):
+        raise SidecarError(f"{folder}: {INDEX} names a tensor twice")
+    sizes = {record.names[0]: torch.Size(record.shape).numel() for record in metadata.tensors}
+    for view in metadata.views:
+        last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=False))
+        if len(view.shape) != len(view.strides) or 0 in view.shape or last >= sizes.get(view.source, 0):
+            raise SidecarError(f"{folder}: {INDEX} takes '{view.name:.100}' from beyond '{view.source:.100}'")
+
+
+def _read_index(path: Path) -> DiagonalMetadata:
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise SidecarError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes; that is no index")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SidecarError(f"cannot read sidecar {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise SidecarError(f"{path} is not the index of a full-size sidecar: it is not text") from error
+    try:
+        version = json.loads(text)["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SidecarError(
+            f"{path} is not the index of a full-size sidecar: it has no format version"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise SidecarError(
+            f"{path} has format version {version!r:.20}, this program reads {FORMAT_VERSION}; "
+            "upgrade fisher-mask-mergekit, or measure the checkpoint again"
+        )
+    try:
+        return DiagonalMetadata.model_validate_json(text)
+    except ValidationError as error:
+        raise bad_field(path, error) from error
+
+
+def _check_shard(sidecar: DiagonalSidecar, shard: str, records: Mapping[str, TensorRecord]) -> None:
+    folder = sidecar.folder
+    with _shard(sidecar, shard) as tensors:
+        there = set(tensors.keys())
+        if odd := sorted(there ^ records.keys()):
+            what = "which the index does not know" if odd[0] in there else "which the index says it does"
+            verb = "holds" if odd[0] in there else "does not hold"
+            raise SidecarError(f"{folder / shard} {verb} '{odd[0]:.100}', {what}")
+        for name, record in records.items():
+            part = tensors.get_slice(name)
+            got = part.get_dtype(), tuple(part.get_shape())
+            if got != ("F32", record.shape):
+                raise SidecarError(
+                    f"{folder / shard}: tensor '{name:.100}': expected F32 {record.shape}, got {got}"
+                )
+
+
+@contextmanager
+def _shard(sidecar: DiagonalSidecar, shard: str) -> Iterator[Any]:
+    """A shard, mapped into memory only as long as it is looked at."""
+    path = sidecar.folder / shard
+    if not path.is_file():
+        shards = {record.shard for record in sidecar.metadata.tensors}
+        there = sum((sidecar.folder / other).is_file() for other in shards)
+        raise SidecarError(
+            f"{sidecar.folder} lacks {shard} ({there} of its {len(shards)} shards are there). Copy the whole folder, or "
+            f"measure again:  mergekit-fisher compute {sidecar.metadata.checkpoint:.200} --kind diagonal --data DATASET"
+        )
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SidecarError(f"{path} is not a whole safetensors file: {first_line(error)}") from error

@@ -1,0 +1,168 @@
+"""Per-sample gradients of one module's parameters, from what went into it and the gradient of what came out."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+Kind = Literal["linear", "transposed", "embedding", "scale", "other"]
+"""How a module's parameters enter its output, see :func:`kind_of`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A module's run in a forward pass.
+
+    Attributes:
+        module: Any module whose output, and whose tensor arguments, hold the samples one after the other.
+        kind: Its kind.
+        samples: How many samples.
+        args: What it was given.
+        kwargs: Likewise.
+        versions: Of its tensor arguments: how often each had been changed in place.
+    """
+
+    module: nn.Module
+    kind: Kind
+    samples: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", tuple(tensor._version for tensor in self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensor arguments."""
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    def is_intact(self) -> bool:
+        """Whether its tensor arguments are still what they were."""
+        return self.versions == tuple(tensor._version for tensor in self.tensors())
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own floating parameters, by their names in it."""
+    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    return {name: parameter for name, parameter in own if parameter.is_floating_point()}
+
+
+@torch.no_grad()
+def kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Kind:
+    """How a module's parameters enter its output, told by one run.
+
+    ``linear``: :math:`y = x W^T + b`; ``transposed``: :math:`y = x W + b`; ``embedding``: rows of W;
+    ``scale``, a norm for one: an output that is affine in every single element of a weight and a bias over
+    its last axes; ``other``: anything else.
+    """
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return "linear"
+    if forward is Conv1D.forward:
+        return "transposed"
+    if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not kwargs
+        return "embedding" if plain else "other"
+    own = own_parameters(module)
+    if "weight" not in own or own.keys() - {"weight", "bias"} or not args:
+        return "other"
+    shape = own["weight"].shape
+    fits = output.shape[output.ndim - len(shape) :] == shape and output.ndim > len(shape)
+    if not fits or any(value.shape != shape for value in own.values()):
+        return "other"
+    at = [_with(module, args, kwargs, 0.0), _with(module, args, kwargs, 1.0)]
+    probe = torch.linspace(-1.7, 1.9, shape.numel(), dtype=own["weight"].dtype).reshape(shape)
+    probe = probe.to(output.device)
+    wanted = at[0] + probe * (at[1] - at[0]) + (0 if "bias" not in own else probe)
+    got = _with(module, args, kwargs, probe, probe)
+    near = torch.finfo(output.dtype).eps ** 0.5 * max(1.0, float(wanted.abs().max()))
+    return "scale" if float((got - wanted).abs().max()) <= near else "other"
+
+
+def _with(
+    module: nn.Module, args: Any, kwargs: Any, weight: float | Tensor, bias: float | Tensor = 0.0
+) -> Tensor:
+    """What a module would give with another weight and bias."""
+    values = {
+        name: torch.zeros_like(value) + (weight if name == "weight" else bias)
+        for name, value in own_parameters(module).items()
+    }
+    return functional_call(module, values, args, kwargs)
+
+
+def per_sample(call: Call, name: str, gradient: Tensor) -> Iterable[Tensor]:
+    r"""Every sample's gradient of one of a module's parameters.
+
+    With :math:`x_{n,t}` and :math:`g_{n,t} = \partial \ell_n / \partial y_{n,t}` at the sample's tokens t: of a
+    matrix, :math:`\sum_t g_{n,t} x_{n,t}^T`; of a bias, :math:`\sum_t g_{n,t}`; of an embedding's row, the sum over the
+    tokens that are it; of a scale s, :math:`\sum_t g_{n,t} \, \partial y_{n,t} / \partial s`. Of anything else, by
+    autograd of the module alone.
+
+    Args:
+        call: The module's run.
+        name: The parameter's name in it.
+        gradient: That of the samples' summed losses by the module's output.
+
+    Returns:
+        One after the other, so that there is one at a time; as one tensor ``[B, ...]`` where that is small.
+        In float32 or wider.
+    """
+    shape = own_parameters(call.module)[name].shape
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if call.kind == "scale" or (name == "bias" and call.kind in ("linear", "transposed")):
+        product = gradient.to(wide)
+        if name == "weight":
+            with torch.no_grad():
+                factor = _with(call.module, call.args, call.kwargs, 1.0)
+                factor = factor - _with(call.module, call.args, call.kwargs, 0.0)
+            product = product * factor.to(wide)
+        return product.reshape(call.samples, -1, *shape).sum(1)
+    if call.kind in ("linear", "transposed"):
+        return _matrices(call, gradient, wide)
+    if call.kind == "embedding":
+        return _dense(call, gradient, wide, shape)
+    return _by_autograd(call, name, gradient, wide)
+
+
+def _matrices(call: Call, gradient: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+    rows = zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True)
+    for given, backward in rows:
+        x, g = given.flatten(0, -2).to(wide), backward.flatten(0, -2).to(wide)
+        yield x.T @ g if call.kind == "transposed" else g.T @ x
+
+
+def embedding_rows(call: Call, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every sample, the rows of an embedding that it reads ``[U]`` and their gradients ``[U, D]``."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    for ids, backward in zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True):
+        rows, position = ids.flatten().unique(return_inverse=True)
+        found = backward.new_zeros(len(rows), backward.shape[-1], dtype=wide)
+        found.index_add_(0, position, backward.flatten(0, -2).to(wide))
+        if call.module.padding_idx is not None:
+            found[rows == call.module.padding_idx] = 0
+        yield rows, found
+
+
+def _dense(call: Call, gradient: Tensor, wide: torch.dtype, shape: torch.Size) -> Iterator[Tensor]:
+    for rows, found in embedding_rows(call, gradient):
+        yield found.new_zeros(shape, dtype=wide).index_copy_(0, rows, found)
+
+
+def _by_autograd(call: Call, name: str, gradient: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+    own = {key: value.detach() for key, value in own_parameters(call.module).items()}
+    for position, backward in enumerate(gradient.chunk(call.samples)):
+
+        def of_sample(value: Any, position: int = position) -> Any:
+            return value.chunk(call.samples)[position].detach() if isinstance(value, Tensor) else value
+
+        args = tuple(of_sample(value) for value in call.args)
+        kwargs = {key: of_sample(value) for key, value in call.kwargs.items()}
+        with torch.enable_grad():
+            parameter = own[name].clone().requires_grad_()
+            output = functional_call(call.module, own | {name: parameter}, args, kwargs)
+            (found,) = torch.autograd.grad(output, parameter, backward, allow_unused=True)
+        yield torch.zeros_like(parameter, dtype=wide) if found is None else found.to(wide)

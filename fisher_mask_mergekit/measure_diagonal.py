@@ -1,0 +1,130 @@
+"""The pre-pass for all parameters: the model as it must be loaded, its Fisher information, and the sidecar of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_mask_mergekit.batches import padded_batches
+from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
+from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
+from fisher_mask_mergekit.diagonal_sidecar import (
+    FORMAT_VERSION,
+    DiagonalMetadata,
+    DiagonalSidecar,
+    TensorRecord,
+    ViewRecord,
+    plan_shards,
+    write_diagonal,
+)
+from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.job import Inputs, Job
+from fisher_mask_mergekit.loading import cast_parameters, load_model
+from fisher_mask_mergekit.sidecar import probe
+from fisher_mask_mergekit.tasks import Batch
+
+
+def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model in the dtype asked for, and the values that a merge will know its parameters by.
+
+    Raises:
+        CheckpointError: If the files hold another layout than the model in memory (names the tensor).
+    """
+    assert job.parameters is not None
+    names, dtype = job.parameters, getattr(torch, job.settings.dtype)
+    sources = {name: source for source, known in names.names.items() for name in known}
+    sources |= {name: view.source for name, view in names.views.items()}
+    stored, wide = {}, dtype
+    for name, tensor in read_tensors(job.checkpoint, sources.keys() & tensor_shapes(job.checkpoint).keys()):
+        stored[name] = probe(tensor)
+        if names.views:  # What only the loaded model has, fused from others, must not have lost digits yet.
+            wide = torch.promote_types(wide, tensor.dtype)
+    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        # What transformers runs experts with otherwise has no float64.
+        model.set_experts_implementation("eager")
+    values: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        parameter = model.get_parameter(sources[name]).detach()
+        view = names.views.get(name)
+        loaded = probe(view.of(parameter) if view else parameter)
+        if not torch.equal(value.to(loaded.dtype), loaded):
+            raise _unsupported(job, f"hold {name} with other values than {sources[name]} has once loaded")
+        values[name if view else sources[name]] = value
+        if view:
+            values.setdefault(view.source, probe(parameter))
+    if lacking := sorted(names.names.keys() - values.keys()):
+        raise _unsupported(job, f"have no {lacking[0]}")
+    if wide != dtype:
+        cast_parameters(model, dtype)
+    return model, values
+
+
+def _unsupported(job: Job, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{job.checkpoint.name}: kind 'diagonal' does not support its layout: its files {what}"
+    )
+
+
+def measure(
+    job: Job,
+    inputs: Inputs,
+    model: nn.Module,
+    device: torch.device,
+    batch_size: int,
+    on_batch: Callable[[Batch], None],
+) -> DiagonalFisher:
+    """Run the samples."""
+    batches = padded_batches(
+        inputs.encoded, inputs.tokenizer, batch_size=batch_size, by_length=True, device=device
+    )
+    settings = job.settings
+    return diagonal_fisher(
+        model, batches, job.task, labels=settings.labels, seed=settings.seed, on_batch=on_batch
+    )
+
+
+def save(
+    job: Job, measured: DiagonalFisher, values: dict[str, Tensor], facts: dict[str, Any]
+) -> DiagonalSidecar:
+    """Write the sidecar."""
+    assert job.parameters is not None
+    names = job.parameters
+    shapes = {name: tuple(fisher.shape) for name, fisher in measured.fisher.items()}
+    shards = plan_shards(shapes)
+    count = sum(fisher.numel() for fisher in measured.fisher.values())
+    mean = math.fsum(float(fisher.mean()) * fisher.numel() / count for fisher in measured.fisher.values())
+    records = tuple(
+        TensorRecord(
+            names=names.names[name],
+            shape=shape,
+            shard=shards[name],
+            values=tuple(values[name].double().tolist()),
+        )
+        for name, shape in shapes.items()
+    )
+    views = tuple(
+        ViewRecord(
+            name=name,
+            source=view.source,
+            shape=view.shape,
+            offset=view.offset,
+            strides=view.strides,
+            values=tuple(values[name].double().tolist()),
+        )
+        for name, view in names.views.items()
+    )
+    metadata = DiagonalMetadata(
+        format_version=FORMAT_VERSION, mean=mean, others=names.others, tensors=records, views=views, **facts
+    )
+    return write_diagonal(metadata, measured.fisher.__getitem__, job.target)
+
+
+def notes(measured: DiagonalFisher) -> list[str]:
+    """What the user should know of this measurement."""
+    silent = sum(not bool(fisher.any()) for fisher in measured.fisher.values())
+    if not silent:
+        return []
+    return [f"no gradient reached {silent} of {len(measured.fisher)} parameters: a merge averages them"]

@@ -1,0 +1,94 @@
+"""The pre-pass for mask nodes: the model as it must be loaded, its Fisher information, and the sidecar of it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_mask_mergekit.batches import padded_batches
+from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
+from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
+from fisher_mask_mergekit.job import Inputs, Job
+from fisher_mask_mergekit.layout_check import check_layout
+from fisher_mask_mergekit.loading import cast_parameters, load_model
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, write
+from fisher_mask_mergekit.sites import stack_of
+from fisher_mask_mergekit.skeleton import sites_in
+from fisher_mask_mergekit.tasks import Batch
+
+
+def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model in the dtype asked for, and the values that a merge will know its governed tensors by."""
+    dtype = getattr(torch, job.settings.dtype)
+    names = {tensor.name for site in job.sites for tensor in site.tensors}
+    filed = names & tensor_shapes(job.checkpoint).keys()
+    made = names - filed
+    values, wide = {}, dtype
+    for name, tensor in read_tensors(job.checkpoint, filed):
+        values[name] = probe(tensor)
+        if made:  # What only the loaded model has, fused from others, must not have lost digits yet.
+            wide = torch.promote_types(wide, tensor.dtype)
+    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
+    values |= {name: probe(model.get_parameter(name)) for name in made}
+    if dtype == torch.float64 and any(site.experts for site in job.sites):
+        # What transformers runs experts with otherwise has no float64.
+        model.set_experts_implementation("eager")
+    if wide != dtype:
+        cast_parameters(model, dtype)
+    return model, values
+
+
+def measure(
+    job: Job,
+    inputs: Inputs,
+    model: nn.Module,
+    device: torch.device,
+    batch_size: int,
+    on_batch: Callable[[Batch], None],
+) -> MaskFisher:
+    """Run the samples."""
+    settings = job.settings
+    batched = partial(
+        padded_batches,
+        inputs.encoded,
+        inputs.tokenizer,
+        by_length=settings.estimator == "sample",
+        device=device,
+    )
+    sites = sites_in(model)  # As the model in memory is laid out, whatever the files are.
+    check_layout(model, job.task, next(iter(batched(batch_size=1))), sites)
+    return mask_fisher(
+        model,
+        batched(batch_size=batch_size),
+        sites,
+        job.task,
+        labels=settings.labels,
+        estimator=settings.estimator,
+        mask_placement=settings.mask_placement,
+        seed=settings.seed,
+        on_batch=on_batch,
+    )
+
+
+def save(job: Job, measured: MaskFisher, values: dict[str, Tensor], facts: dict[str, Any]) -> Sidecar:
+    """Write the sidecar."""
+    fisher = {
+        site.output: {
+            node: measured.fisher[site.output, node].to("cpu", torch.float32) for node in site.nodes()
+        }
+        for site in job.sites
+    }
+    metadata = Metadata(format_version=FORMAT_VERSION, sites=job.sites, **facts)
+    sidecar = Sidecar(metadata, fisher, values, str(job.target))
+    write(sidecar, job.target)
+    return sidecar
+
+
+def notes(measured: MaskFisher) -> list[str]:
+    """What the user should know of this measurement."""
+    if not measured.unreached:
+        return []
+    stacks = sorted({stack_of(output) for output in measured.unreached})
+    return [f"no sample ran through {', '.join(stacks)}: a merge averages it"]

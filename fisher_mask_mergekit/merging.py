@@ -1,0 +1,164 @@
+"""What the merge methods have in common: which inputs count, and each one's sidecar.
+
+Nothing here loads mergekit: its registry asks for one method while another is being imported.
+"""
+
+import logging
+import shlex
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import click
+from torch import Tensor
+
+from fisher_mask_mergekit import store
+from fisher_mask_mergekit.checkpoint import Checkpoint
+from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNotFoundError
+from fisher_mask_mergekit.settings import Kind
+from fisher_mask_mergekit.sidecar import Measurement
+from fisher_mask_mergekit.weighting import counted_weight
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods.base import TensorEntry, TensorGroup
+
+Missing = Literal["error", "average"]
+AnySidecar = TypeVar("AnySidecar")
+
+
+class MergeError(FisherMaskError, click.ClickException):
+    """What mergekit's commands print as one line, without a traceback."""
+
+
+class _Measured(Protocol):
+    @property
+    def metadata(self) -> Measurement: ...
+
+
+def counted_inputs(
+    group: "TensorGroup", weight: Mapping[Hashable, float | None]
+) -> "Tensor | list[tuple[TensorEntry, float]]":
+    """The inputs that count, and the weight of each; the merged tensor itself where that is a single input.
+
+    In an order of their own, so that not even the rounding depends on the recipe's.
+
+    Raises:
+        FisherMaskError: If none counts, or a weight cannot be used.
+    """
+    if group.base is not None and not group.non_base:
+        return group.base.tensor
+    entries = sorted(group.entries, key=lambda entry: str(entry.id))
+    weights = [counted_weight(entry.id, weight[entry.id], entry.is_base) for entry in entries]
+    counted = [(entry, given) for entry, given in zip(entries, weights, strict=True) if given > 0]
+    if not counted:
+        raise FisherMaskError("every model has weight 0")
+    if len(counted) == 1:
+        if group.base is not None and weight[group.base.id] is None:
+            _say_base_does_not_count(str(group.base.id), str(counted[0][0].id))
+        return counted[0][0].tensor
+    return counted
+
+
+@lru_cache(maxsize=64)
+def _say_base_does_not_count(base: str, model: str) -> None:
+    """Warn, once: mergekit does not say whether a base model is one of the models that a recipe lists."""
+    logging.getLogger(__name__).warning(
+        "base_model %s has no weight, so it does not count, and what remains is %s as it is; "
+        "to merge the two, list it under models with  parameters: {weight: 1.0}",
+        base,
+        model,
+    )
+
+
+def compare_measurements(sidecars: Sequence[_Measured | None]) -> None:
+    """Warn of Fisher information that was not measured alike: its scales do not compare."""
+    _warn_of_kinds(frozenset(_measurement(known.metadata) for known in sidecars if known is not None))
+
+
+def _measurement(metadata: Measurement) -> tuple[str, ...]:
+    settings = metadata.settings
+    return settings.estimator, settings.mask_placement, settings.labels, settings.loss
+
+
+@lru_cache(maxsize=64)
+def _warn_of_kinds(kinds: frozenset[tuple[str, ...]]) -> None:
+    """Once."""
+    if len(kinds) > 1:
+        logging.getLogger(__name__).warning(
+            "the models were not measured alike (estimator, mask_placement, labels, loss): %s; "
+            "measure them with the same settings, or set normalize",
+            "; ".join(", ".join(kind) for kind in sorted(kinds)),
+        )
+
+
+def find_sidecar(
+    model: Hashable, given: str, kind: Kind, missing: Missing, read: Callable[[Path, int, int], AnySidecar]
+) -> AnySidecar | None:
+    """A model's sidecar, where the recipe says it is, else beside the checkpoint or in the cache.
+
+    Args:
+        model: mergekit's id of the input.
+        given: The recipe's ``sidecar``, if any.
+        kind: What it must be.
+        missing: What to do if there is none.
+        read: Reads it; given its path, when it was changed, and its size, so that it can be read once.
+
+    Returns:
+        None if there is none and that is no error.
+
+    Raises:
+        SidecarError: If there is none, or it cannot be used.
+    """
+    checkpoint = _checkpoint(model)
+    if given:
+        path: Path | None = Path(given).expanduser()
+    else:
+        path = store.find(checkpoint, kind) if checkpoint else None
+    if path is None:
+        if missing == "average":
+            _say_averaged(str(model))
+            return None
+        command = compute_command(model, kind)
+        raise SidecarNotFoundError(f"there is no sidecar for {model}. Measure it:  {command}")
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as error:
+        raise SidecarError(f"cannot read sidecar {path}: {getattr(error, 'strerror', error)}") from error
+    return read(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _say_averaged(model: str) -> None:
+    """Warn, once per model."""
+    logging.getLogger(__name__).warning(
+        "there is no sidecar for %s: all models are averaged by weight", model
+    )
+
+
+def compute_command(model: Hashable, kind: Kind = "mask") -> str:
+    """What to run to measure a model: the recipe that mergekit-yaml is running says on what."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.command.name == "mergekit-yaml":
+        return f"mergekit-fisher compute {shlex.quote(context.params['config_file'])}"
+    option = "" if kind == "mask" else f" --kind {kind}"
+    return f"mergekit-fisher compute {shlex.quote(str(model))}{option} --data DATASET"
+
+
+def _checkpoint(model: Any) -> Checkpoint | None:
+    """The files behind one of mergekit's input ids; None if it stands for none, as in-memory inputs do."""
+    reference = getattr(model, "model", None)
+    if reference is None:
+        return None
+    path = Path(reference.path)
+    if getattr(model, "lora", None) is not None:
+        return Checkpoint(str(model), path, None)
+    if path.is_file():  # mergekit-pytorch names weight files.
+        return Checkpoint(str(path.parent), path.parent, None)
+    if path.is_dir():
+        return Checkpoint(reference.path, path, None)
+    from mergekit.io.tasks import LoaderCache
+
+    # mergekit has the snapshot already, wherever its options say.
+    folder = Path(LoaderCache().get(model).index.base_path)
+    return Checkpoint(str(reference), folder, folder.name)

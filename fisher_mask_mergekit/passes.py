@@ -1,0 +1,188 @@
+"""Samples through a model and back, batch by batch: what every kind of Fisher information is measured in."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.settings import Labels
+from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
+
+Seen = dict[str, Tensor]
+"""What went through a model's modules in a forward pass, by the place where it was seen."""
+
+
+class Gradients(Protocol):
+    """Hooks on a model that take what they need out of every backward pass."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, in evaluation mode."""
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether samples must run one at a time."""
+
+    def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
+        """A forward pass; it fills ``seen`` with what must hold the samples one after the other."""
+
+    def fits(self, task: Task, sample: Batch) -> bool:
+        """Whether batches can be measured, as far as one sample tells."""
+
+    def separate(self) -> None:
+        """From now on samples run one at a time."""
+
+    def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
+        """A backward pass: add what it gives, times a weight ``[B]`` if there is one.
+
+        Args:
+            loss: The samples' losses, summed.
+            weight: What each sample's squared gradient is multiplied by.
+            again: Whether another backward pass of the same forward pass follows.
+        """
+
+    def end_batch(self, samples: int) -> None:
+        """A whole batch has run."""
+
+
+@dataclass
+class Totals:
+    """What was seen of the samples.
+
+    Attributes:
+        samples: N.
+        loss: Sum over samples of their negative log-likelihood, in nats.
+        correct: Sum over samples of the share of their predictions that are right.
+    """
+
+    samples: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+
+
+def run_samples(
+    gradients: Gradients,
+    batches: Iterable[Batch],
+    task: Task,
+    *,
+    labels: Labels,
+    seed: int,
+    on_batch: Callable[[Batch], None],
+) -> Totals:
+    """One forward pass per batch and one backward pass per outcome that the labels ask for.
+
+    The first batch of more than one sample decides whether the samples lie apart in it; else they run one at
+    a time from then on.
+
+    Raises:
+        MeasurementError: If there is no sample, a loss is not finite, or a sample gives something else by
+            itself than in its batch.
+    """
+    totals, checked = Totals(), 0
+    for batch in batches:
+        parts = list(batch.split()) if gradients.one_by_one else [batch]
+        while parts:
+            part = parts.pop(0)
+            seen: Seen | None = {} if checked == 0 or checked == 1 < len(part.index) else None
+            likelihood = gradients.run(task, part, seen)
+            if seen is not None:
+                apart = _apart(gradients, task, part, likelihood, seen)
+                checked = len(part.index)
+                if not apart and not gradients.one_by_one:
+                    del likelihood, seen
+                    gradients.separate()
+                    parts, checked = list(part.split()), 0
+                    continue
+            losses = likelihood.losses().detach()
+            _check_losses(losses, part)
+            for outcomes, weight in _outcomes(likelihood, labels, seed):
+                gradients.backward(likelihood.losses(outcomes).sum(), weight, again=labels == "exact")
+            totals.samples += len(losses)
+            totals.loss += float(losses.double().sum())
+            totals.correct += float(likelihood.correct().sum())
+        gradients.end_batch(len(batch.index))
+        on_batch(batch)
+    if totals.samples == 0:
+        raise MeasurementError("there is no sample to measure on")
+    return totals
+
+
+def _check_losses(losses: Tensor, batch: Batch) -> None:
+    if not bool(losses.isfinite().all()):
+        bad = int((~losses.isfinite()).nonzero()[0, 0])
+        raise MeasurementError(f"the loss of sample {batch.index[bad]} is {losses[bad].item()}")
+
+
+def _outcomes(
+    likelihood: Likelihood, labels: Labels, seed: int
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The outcomes to take gradients for, one backward pass each, and their weights ``[B]``."""
+    if labels == "data":
+        yield None, None
+    elif labels == "sampled":
+        yield likelihood.sampled(seed), None
+    else:
+        yield from likelihood.expectation()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no weight gradients; everything as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood, seen: Seen) -> bool:
+    """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
+
+    Returns:
+        Whether all that was seen was the samples', one after the other along the first axis.
+
+    Raises:
+        MeasurementError: If a sample gives something else by itself.
+    """
+    eps = torch.finfo(next(gradients.model.parameters()).dtype).eps
+    apart = True
+    parts = list(batch.split())
+    for position in {0, len(parts) - 1}:
+        single: Seen = {}
+        with torch.no_grad():
+            alone = gradients.run(task, parts[position], single).outputs(0)
+            expected = together.outputs(position)
+            gap = float((alone - expected).abs().max())
+            if gap > eps**0.5 * max(1.0, float(expected.abs().max())):
+                raise MeasurementError(
+                    f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
+                    "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
+                )
+            apart &= single.keys() <= seen.keys()
+            for place, whole in seen.items():
+                apart &= _is_chunk(whole, single.get(place), position, len(parts), eps)
+    return apart and (gradients.one_by_one or gradients.fits(task, parts[0]))
+
+
+def _is_chunk(whole: Tensor, alone: Tensor | None, position: int, samples: int, eps: float) -> bool:
+    """Whether what was seen of one sample is the batch's, cut along the first axis."""
+    if alone is None or not whole.ndim or whole.shape[0] % samples:
+        return False
+    chunk = whole.chunk(samples)[position] if whole.shape[0] else whole
+    if alone.shape != chunk.shape:
+        return False
+    if not chunk.numel():
+        return True
+    gap, largest = (alone - chunk).abs().max(), chunk.abs().max()
+    return bool((gap <= eps**0.5 * max(1.0, float(largest))).item())
