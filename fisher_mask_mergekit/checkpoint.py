@@ -152,12 +152,13 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
         index = checkpoint.folder / f"{stem}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                names = sorted({Path(name).name for name in listed})
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{checkpoint.name}: {index.name} is not an index of weights"
                 ) from error
-            return [checkpoint.folder / Path(name).name for name in names]
+            return [checkpoint.folder / name for name in names]
         if (checkpoint.folder / stem).is_file():
             return [checkpoint.folder / stem]
     raise CheckpointError(f"{checkpoint.name} has no model.safetensors or pytorch_model.bin")
@@ -202,6 +203,8 @@ def _open(checkpoint: Checkpoint, file: Path) -> Iterator[_Safetensors | _Pickle
             else:
                 # torch's old format, from before its files were zip archives, cannot be mapped into memory.
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+                if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+                    raise CheckpointError(f"{checkpoint.name}: {file.name} holds other things than tensors")
                 opened = _Pickled(state)
         except (OSError, EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise CheckpointError(

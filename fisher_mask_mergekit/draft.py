@@ -119,7 +119,7 @@ def _layout(checkpoint: Checkpoint, shapes: Shapes) -> tuple[int, set[str], bool
     from transformers import AutoConfig
 
     with transformers_errors(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     architecture = arch_info_for_config(config)
     loose = {name for name in shapes if _layer_of(name) is None}
     if architecture is None:

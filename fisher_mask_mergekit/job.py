@@ -117,7 +117,7 @@ def prepare(
     weights = digest_of(read_tensors(checkpoint, shapes))
     found = None
     for path in () if force else [out] if out else store.find_all(checkpoint, settings.kind):
-        found = found or _same_request(path, weights, settings, task)
+        found = found or _same_request(path, weights, settings, task, sites)
     samples: Any = None
     if found is None or parse_spec(settings.data or "").is_local:
         samples = load_samples(settings, task)
@@ -158,7 +158,9 @@ def _inputs(
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _same_request(path: Path, weights: str, settings: FisherSettings, task: Task) -> AnySidecar | None:
+def _same_request(
+    path: Path, weights: str, settings: FisherSettings, task: Task, sites: tuple[Site, ...]
+) -> AnySidecar | None:
     """The sidecar at ``path`` if it answers this very request for these very weights.
 
     Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
@@ -170,6 +172,8 @@ def _same_request(path: Path, weights: str, settings: FisherSettings, task: Task
         return None
     spec = parse_spec(settings.data or "")
     if sidecar.metadata.settings != settings or sidecar.metadata.weights != weights:
+        return None
+    if isinstance(sidecar, Sidecar) and sidecar.metadata.sites != sites:  # Of another version's table.
         return None
     if sidecar.metadata.task != task.kind:  # The task may hang on the configuration, which is not a weight.
         return None

@@ -94,12 +94,12 @@ def compute(
     if lacking := lacks_for_padding(job.inputs.tokenizer):
         batch_size = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
+    notes += _replaced(job)
     on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
     with model_errors(job.checkpoint.name, job.model_class, batch_size):
         measured = kind.measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
     seconds = time.perf_counter() - started
-    notes += _replaced(job)
     sidecar = kind.save(job, measured, values, _facts(job, job.inputs, measured, device))
     if measured.one_by_one and batch_size > 1:
         notes.append(

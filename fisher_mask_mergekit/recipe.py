@@ -1,5 +1,6 @@
 """The recipe: a mergekit YAML file that also says, under ``fisher:``, what to measure on."""
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def _entries(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]
 def _model_name(entry: Mapping[str, Any], path: Path) -> str:
     name = entry.get("model")
     if not isinstance(name, str) or not name:
-        raise RecipeError(f"{path}: expected 'model: NAME', got {str(entry)[:80]}")
+        raise RecipeError(f"{path}: expected 'model: NAME', got {reprlib.repr(entry)}")
     return name
 
 
@@ -171,7 +172,7 @@ def _mapping(value: Any, what: str, path: Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: {what} must be a mapping, got {str(value)[:80]}")
+        raise RecipeError(f"{path}: {what} must be a mapping, got {reprlib.repr(value)}")
     return value
 
 
@@ -179,7 +180,7 @@ def _list(value: Any, what: str, path: Path) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise RecipeError(f"{path}: {what} must be a list, got {str(value)[:80]}")
+        raise RecipeError(f"{path}: {what} must be a list, got {reprlib.repr(value)}")
     return value
 
 

@@ -5,6 +5,7 @@ The format is described in ``docs/sidecar.md``.
 
 import hashlib
 import json
+import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,7 +269,10 @@ def read(path: Path) -> Sidecar:
         SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
     """
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise SidecarError(f"cannot read sidecar {path}: it is no file")
+        if state.st_size > _MAX_FILE_BYTES:
             raise SidecarError(f"{path} is larger than {_MAX_FILE_BYTES} bytes; that is no sidecar")
         content = path.read_bytes()
     except OSError as error:

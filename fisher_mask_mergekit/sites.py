@@ -4,7 +4,7 @@ The pre-pass and the merge meet here (and in the sidecar), so they cannot disagr
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -36,7 +36,7 @@ class GovernedTensor(BaseModel):
 
     name: str = Field(min_length=1, max_length=512)
     layout: Layout
-    shape: tuple[int, ...] = Field(min_length=1, max_length=4)
+    shape: tuple[Annotated[int, Field(ge=0, le=2**40)], ...] = Field(min_length=1, max_length=4)
     axis: int = Field(default=0, ge=0, le=2)
     expert: int | None = Field(default=None, ge=0)
 
@@ -85,13 +85,15 @@ class Site(BaseModel):
     def _governs(self, tensor: GovernedTensor) -> bool:
         if tensor.layout == "mean":
             return True
-        if tensor.axis >= len(tensor.shape) or (tensor.expert or 0) >= max(self.experts, 1):
+        if tensor.axis >= len(tensor.shape):
+            return False
+        if tensor.expert is not None and tensor.expert >= self.experts:
             return False
         rows = tensor.shape[tensor.axis]
         if self.kind == "ffn":
             whole = self.experts == 0 or tensor.expert is not None
             fits = whole or (tensor.axis > 0 and tensor.shape[0] == self.experts)
-            return fits and {"n": rows, "n n": rows / 2, "(n n)": rows / 2}.get(tensor.layout) == self.neurons
+            return fits and rows == {"n": 1, "n n": 2, "(n n)": 2}.get(tensor.layout, 0) * self.neurons
         if tensor.layout == "(k v)":
             return rows % self.kv_heads == 0 and rows // self.kv_heads > self.head_dim
         parts = {"q": self.heads, "k": self.kv_heads}

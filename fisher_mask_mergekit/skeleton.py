@@ -40,7 +40,7 @@ def sites_in(model: Any) -> tuple[Site, ...]:
         _shapes(model),
         lambda path: heads_of(model, path),
         transposed=_transposed(model),
-        model_type=model.config.model_type,
+        model_type=lambda path: model_type_of(model, path),
     )
 
 
@@ -88,11 +88,15 @@ def _governed_in_files(
         site = outputs.get(f"{path}.weight")
         return site.heads if site else 0
 
+    def kind_of(path: str) -> str:
+        site = outputs.get(f"{path}.weight") or outputs.get(path)
+        return model_type_of(model, site.output) if site else str(model.config.model_type)
+
     found = find_sites(
         {name: shape for name, shape in files.items() if rename(name) in known},
         heads,
         transposed={name for name in files if rename(name) in transposed},
-        model_type=model.config.model_type,
+        model_type=kind_of,
     )
     for on_disk in found:
         site = outputs.get(f"{on_disk.output}.weight") or outputs.get(on_disk.output)
@@ -134,6 +138,16 @@ def renaming(model: Any, shapes: Shapes) -> Callable[[str], str]:
 def _number(path: str) -> int:
     """The last number of a path."""
     return [int(part) for part in path.split(".") if part.isdigit()][-1]
+
+
+def model_type_of(model: Any, path: str) -> str:
+    """The ``model_type`` of the nearest configuration around a module or parameter: a text model's inside another."""
+    while path:
+        path = path.rpartition(".")[0]
+        found = getattr(getattr(model.get_submodule(path), "config", None), "model_type", None)
+        if isinstance(found, str) and found:
+            return found
+    return ""
 
 
 def heads_of(model: Any, output: str) -> int:

@@ -107,7 +107,7 @@ def find_sites(
     heads: int | Callable[[str], int],
     *,
     transposed: Collection[str] = (),
-    model_type: str = "",
+    model_type: str | Callable[[str], str] = "",
 ) -> tuple[Site, ...]:
     """Find every site of a model.
 
@@ -116,7 +116,8 @@ def find_sites(
         heads: H, the number of query heads, or what gives it for an output projection's path. All other
             counts follow from the shapes.
         transposed: Names of the weights that are stored ``[in, out]``.
-        model_type: The configuration's; it decides the layouts that neither names nor shapes tell.
+        model_type: The configuration's, or what gives that of an output projection's path; it decides the
+            layouts that neither names nor shapes tell.
 
     Returns:
         The sites, stack by stack, layer by layer, attention before FFN.
@@ -131,9 +132,12 @@ def find_sites(
             prefix = path.removesuffix(row.out)
             if path in found or prefix == path or (prefix and not prefix.endswith(".")):
                 continue
-            if len(shape) not in (2, 3) or (path == name and len(shape) == 2):
+            if len(shape) not in ((2,) if row.kind == "attention" else (2, 3)) or (
+                path == name and len(shape) == 2
+            ):
                 continue  # Only experts are parameters without a module.
-            match = _Match(row, prefix, shapes, transposed, model_type)
+            kind = model_type if isinstance(model_type, str) else model_type(path)
+            match = _Match(row, prefix, shapes, transposed, kind)
             if all(map(match.tensors, row.inputs)) and f"{prefix}{row.unless}" not in shapes:
                 site = match.ffn() if row.kind == "ffn" else match.attention(heads)
                 found |= {path: site} if site else {}

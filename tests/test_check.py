@@ -452,3 +452,8 @@ def test_a_recipe_for_the_full_fisher_information(tmp_path: Path) -> None:
     assert found.remedy == f"mergekit-fisher compute {recipe}"
     next((folder / "fisher" / "diagonal").glob("*.safetensors")).unlink()
     assert any("lacks diagonal_fisher-00001-of-00001" in found.detail for found in check_recipe(recipe))
+
+
+def test_a_recipe_that_contains_itself_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_text("merge_method: fisher_mask\nmodels: [{model: a}]\nx: &x [*x]\n")
+    assert [finding.level for finding in check_recipe(tmp_path / "recipe.yml")].count("error") >= 1

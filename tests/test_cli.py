@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from fisher_mask_mergekit import measure_mask, store
 from fisher_mask_mergekit.cli import app
-from fisher_mask_mergekit.sidecar import Sidecar, read
+from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from tests import tiny
 from tests.families import FAMILIES, build
 
@@ -346,6 +346,50 @@ def test_what_a_models_own_code_refuses_is_one_error(tmp_path: Path, data: Path)
     said = run("compute", folder, "--data", data, code=1).stderr
     assert "(BertForSequenceClassification) cannot be run on these samples: ValueError: The dimension" in said
     assert sidecars(tmp_path) == []
+
+
+def test_a_sidecar_of_another_table_is_not_served(model: Path, data: Path) -> None:
+    run("compute", model, "--data", data, "--samples", "8")
+    place = model / store.BESIDE
+    old = read(place)
+    fewer = old.metadata.sites[:-1]
+    values = {
+        name: value
+        for name, value in old.values.items()
+        if name in {t.name for s in fewer for t in s.tensors}
+    }
+    fisher = {site.output: old.fisher[site.output] for site in fewer}
+    write(Sidecar(old.metadata.model_copy(update={"sites": fewer}), fisher, values), place)
+    assert "measured before" not in run("compute", model, "--data", data, "--samples", "8").stdout
+    assert "measured before" in run("compute", model, "--data", data, "--samples", "8").stdout
+
+
+def test_two_models_with_one_place_are_one_error(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    entries = [f"{{model: {name}, fisher: {{data: {data}}}}}" for name in (f"./{model.name}", model)]
+    (tmp_path / "twice.yml").write_text(f"merge_method: fisher_mask\nmodels: [{', '.join(entries)}]\n")
+    said = run("compute", tmp_path / "twice.yml", code=1).stderr
+    assert f"two models would be written to {model / store.BESIDE}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 5}}', "is not an index of weights"),
+        ("pytorch_model.bin", [1, 2], "pytorch_model.bin holds other things than tensors"),
+    ],
+)
+def test_weight_files_that_are_none_are_one_error(
+    model: Path, data: Path, name: str, content: object, message: str
+) -> None:
+    (model / "model.safetensors").unlink()
+    if isinstance(content, bytes):
+        (model / name).write_bytes(content)
+    else:
+        torch.save(content, model / name)
+    assert message in run("compute", model, "--data", data, code=1).stderr
 
 
 def test_a_class_without_a_head_is_one_error_also_with_a_task(tmp_path: Path, data: Path) -> None:

@@ -253,3 +253,22 @@ def test_a_site_that_is_not_run_is_named() -> None:
     model.bert.encoder.layer[1].forward = lambda hidden, *rest, **more: hidden
     with pytest.raises(MeasurementError, match=r"no gradient reached bert\.encoder\.layer\.1\.attention"):
         mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)
+
+
+def _tokens_first(layer: Any) -> Any:
+    def turned(hidden: Tensor) -> Tensor:
+        hidden = hidden.transpose(0, 1)
+        return layer.output(layer.intermediate(hidden), hidden).transpose(0, 1)
+
+    return turned
+
+
+def test_a_site_that_puts_tokens_first_is_measured_one_sample_at_a_time() -> None:
+    model = tiny.classifier("bert").double().eval()
+    sites = tiny.sites_of(model)
+    for layer in model.bert.encoder.layer:
+        layer.feed_forward_chunk = _tokens_first(layer)
+    drawn = tiny.samples(4)
+    got = mask_fisher(model, tiny.batches(drawn, 2), sites, tiny.TASK)
+    assert got.one_by_one
+    assert_same(got, naive_fisher(model, drawn, sites))

@@ -187,6 +187,14 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
         lambda t, m: m["sites"][0]["tensors"][0].update(layout="n"),
         "does not divide among",
     ),
+    "an expert where there are none": (
+        lambda t, m: m["sites"][1]["tensors"][0].update(expert=0),
+        "does not divide among the site's nodes",
+    ),
+    "a shape that no tensor has": (
+        lambda t, m: m["sites"][1]["tensors"][0].update(shape=[10**400, 32]),
+        "metadata field 'sites.1.tensors.0.shape.0'|metadata field 'sites'|Input should be",
+    ),
     "a loss that is no number": (lambda t, m: m.update(loss=float("nan")), "field 'loss'"),
     "rows that do not divide": (
         lambda t, m: m["sites"][0]["tensors"][0].update(shape=[33, 32]),
@@ -248,3 +256,8 @@ def test_no_room_on_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.M
         write(sidecar_for(tiny.classifier("llama"), seed=1), path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_what_is_no_file_is_not_read() -> None:
+    with pytest.raises(SidecarError, match="cannot read sidecar /dev/zero: it is no file"):
+        read(Path("/dev/zero"))

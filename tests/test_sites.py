@@ -84,3 +84,15 @@ def test_experts_with_a_bias_are_interleaved_in_gpt_oss_alone(model_type: str, l
     (site,) = find_sites(shapes, 1, model_type=model_type)
     assert {tensor.layout for tensor in site.tensors} == {layout, "mean"}
     assert (site.experts, site.neurons) == (4, 10)
+
+
+def test_a_model_inside_another_is_laid_out_as_its_own_configuration_says() -> None:
+    shapes = {
+        f"{part}.layers.0.mlp.experts.{name}": shape
+        for part in ("language_model", "other")
+        for name, shape in {"gate_up_proj": (4, 16, 20), "down_proj": (4, 10, 16)}.items()
+    }
+    sites = find_sites(
+        shapes, 1, model_type=lambda path: "gpt_oss" if path.startswith("language") else "internvl"
+    )
+    assert [site.tensors[0].layout for site in sites] == ["(n n)", "n n"]

@@ -110,3 +110,23 @@ def test_what_cannot_be_told_is_an_error(tmp_path: Path) -> None:
     assert "5" in message
     (folder / "model.safetensors").unlink()
     assert "has no model.safetensors or pytorch_model.bin" in sites(folder, code=1)
+
+
+@pytest.mark.parametrize("command", ["sites", "init"])
+def test_code_that_comes_with_a_checkpoint_is_neither_run_nor_asked_about(
+    tmp_path: Path, command: str
+) -> None:
+    folders = [tiny.checkpoint(tmp_path / "one"), tiny.checkpoint(tmp_path / "two", labels=3)]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "unknown", "auto_map": {"AutoConfig": "evil.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import BertConfig\nclass Config(BertConfig): pass\n"
+        )
+    result = CliRunner().invoke(
+        app, [command, *map(str, folders[: 1 if command == "sites" else 2])], input="y\ny\n"
+    )
+    assert result.exit_code == 1
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in result.output

@@ -134,6 +134,11 @@ def compute(
             prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
             for name, settings, path in wanted
         ]
+        targets = [job.target.resolve() for job in jobs]
+        if twice := {str(target) for target in targets if targets.count(target) > 1}:
+            raise RecipeError(
+                f"two models would be written to {min(twice)}; give each a place:  parameters: {{sidecar: PATH}}"
+            )
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             with progress(name) as (on_start, on_batch):
                 outcome = prepass.compute(job, where, on_start=on_start, on_batch=on_batch)

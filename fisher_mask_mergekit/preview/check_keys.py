@@ -31,15 +31,17 @@ def check_keys(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def _sections(part: Any) -> Iterator[Mapping[str, Any]]:
-    """Every mapping of a recipe, but what is below ``parameters`` and ``fisher``."""
-    if isinstance(part, list):
-        for entry in part:
-            yield from _sections(entry)
-    elif isinstance(part, dict):
-        yield part
-        for key, value in part.items():
-            if key not in ("parameters", "fisher"):
-                yield from _sections(value)
+    """The recipe's mappings that may have parameters."""
+    if not isinstance(part, dict):
+        return
+    yield part
+    modules = part.get("modules")
+    for module in modules.values() if isinstance(modules, dict) else ():
+        yield from _sections(module)
+    for key in ("models", "slices", "sources"):
+        entries = part.get(key)
+        for entry in entries if isinstance(entries, list) else ():
+            yield from _sections(entry) if key == "slices" else [entry] if isinstance(entry, dict) else ()
 
 
 def _unknown(section: Mapping[str, Any]) -> Iterator[Finding]:

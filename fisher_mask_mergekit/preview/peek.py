@@ -58,7 +58,7 @@ class Peeked:
         if self.is_foreign:
             return None
         with transformers_errors(self.checkpoint):
-            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folder)
+            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
             return skeleton(getattr(transformers, self.architecture), config)
 
 

@@ -117,7 +117,7 @@ def _sequence_task(config: Any, checkpoint: str, settings: FisherSettings) -> Ta
 
 
 def _architecture(config: Any) -> str:
-    names = config.architectures or [""]
+    names = [str(name) for name in config.architectures or [""]]
     return names[0] if len(names) == 1 else ", ".join(names)
 
 
