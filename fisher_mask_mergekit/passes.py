@@ -75,23 +75,25 @@ def run_samples(
 ) -> Totals:
     """One forward pass per batch and one backward pass per outcome that the labels ask for.
 
-    The first batch of more than one sample decides whether the samples lie apart in it; else they run one at
-    a time from then on.
+    The first batch of more than one sample, and the first that is padded, decide whether the samples lie
+    apart in it; else they run one at a time from then on.
 
     Raises:
         MeasurementError: If there is no sample, a loss is not finite, or a sample gives something else by
             itself than in its batch.
     """
-    totals, checked = Totals(), 0
+    totals, checked, checked_padded = Totals(), 0, False
     for batch in batches:
         parts = list(batch.split()) if gradients.one_by_one else [batch]
         while parts:
             part = parts.pop(0)
-            seen: Seen | None = {} if checked == 0 or checked == 1 < len(part.index) else None
+            several = len(part.index) > 1
+            padded = several and not checked_padded and _is_padded(part)
+            seen: Seen | None = {} if checked == 0 or (checked == 1 and several) or padded else None
             likelihood = gradients.run(task, part, seen)
             if seen is not None:
                 apart = _apart(gradients, task, part, likelihood, seen)
-                checked = len(part.index)
+                checked, checked_padded = len(part.index), checked_padded or padded
                 if not apart and not gradients.one_by_one:
                     del likelihood, seen
                     gradients.separate()
@@ -109,6 +111,11 @@ def run_samples(
     if totals.samples == 0:
         raise MeasurementError("there is no sample to measure on")
     return totals
+
+
+def _is_padded(batch: Batch) -> bool:
+    mask = batch.inputs.get("attention_mask")
+    return mask is not None and not bool(mask.all())
 
 
 def _check_losses(losses: Tensor, batch: Batch) -> None:

@@ -54,7 +54,7 @@ def test_the_class_tells_the_task(architecture: str, changes: dict[str, Any], wa
 
 @pytest.mark.parametrize(
     "architecture",
-    ["BertModel", "ElectraForPreTraining", "FunnelForPreTraining", "XLMWithLMHeadModel", "XLNetLMHeadModel", "NobodysOwn", None],
+    ["ElectraForPreTraining", "FunnelForPreTraining", "XLMWithLMHeadModel", "XLNetLMHeadModel", "NobodysOwn", None],
 )  # fmt: skip
 def test_a_class_that_does_not_tell_is_an_error_unless_the_task_is_said(architecture: str | None) -> None:
     with pytest.raises(

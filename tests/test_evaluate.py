@@ -388,7 +388,7 @@ def test_data_that_does_not_fit_is_an_error(classifiers: Path) -> None:
     )
     classifiers.write_text(text.replace("eval: ", "evals: "))
     assert "unknown key 'evals'; known keys: data" in refused(classifiers, merged)
-    assert "dtype, eval, metric" in refused(classifiers, merged)
+    assert "dtype, kind, eval, metric" in refused(classifiers, merged)
 
 
 def test_a_split_that_is_not_there_is_an_error(classifiers: Path) -> None:

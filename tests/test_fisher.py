@@ -272,3 +272,29 @@ def test_a_site_that_puts_tokens_first_is_measured_one_sample_at_a_time() -> Non
     got = mask_fisher(model, tiny.batches(drawn, 2), sites, tiny.TASK)
     assert got.one_by_one
     assert_same(got, naive_fisher(model, drawn, sites))
+
+
+def _without_padding(layer: Any, masks: list[Tensor]) -> Any:
+    def packed(hidden: Tensor) -> Tensor:
+        real = masks[-1].bool()
+        given, out = hidden[real], hidden.clone()
+        out[real] = layer.output(layer.intermediate(given), given)
+        return out
+
+    return packed
+
+
+def test_a_site_that_leaves_padding_out_is_measured_one_sample_at_a_time() -> None:
+    """The first batch has no padding to leave out, and the samples lie one after the other in it."""
+    model = tiny.classifier("bert").double().eval()
+    sites = tiny.sites_of(model)
+    masks: list[Tensor] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    for layer in model.bert.encoder.layer:
+        layer.feed_forward_chunk = _without_padding(layer, masks)
+    drawn = [(torch.arange(5, 5 + length), length % 3) for length in (12, 12, 9, 3, 8, 2)]
+    got = mask_fisher(model, tiny.batches(drawn, 2), sites, tiny.TASK)
+    assert got.one_by_one
+    assert_same(got, naive_fisher(model, drawn, sites))

@@ -107,7 +107,7 @@ def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
         ("merge_method: [", "is not YAML: while parsing"),
         ("just words", "is not a mergekit recipe: it has no merge_method"),
         ("merge_method: fisher_mask", "names no models"),
-        ("merge_method: fisher_mask\nmodels: org/a", "models must be a list, got org/a"),
+        ("merge_method: fisher_mask\nmodels: org/a", "models must be a list, got 'org/a'"),
         ("merge_method: fisher_mask\nmodels: [org/a]", "an entry of models must be a mapping"),
         ("merge_method: fisher_mask\nmodels: [{weight: 1}]", "expected 'model: NAME'"),
         (MODELS.replace("samples: 7", "sampels: 7"), "fisher of org/a: unknown key 'sampels'; known keys: data, samples"),
