@@ -20,14 +20,14 @@ from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, AnyRecord, DiagonalSidecar, read_diagonal
-from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.merging import (
-    MergeError,
     Missing,
     compare_measurements,
     compute_command,
     counted_inputs,
     find_sidecar,
+    merge_errors,
 )
 from fisher_mask_mergekit.weighting import merge_rows
 
@@ -73,11 +73,8 @@ class FisherDiagonalMerge(GroupMergeMethod):
             MergeError: If a sidecar is missing, cannot be used, or is another checkpoint's; or if the
                 weights cannot be used.
         """
-        name = group.metadata.name or ""
-        try:
+        with merge_errors(group) as name:
             return _merge(group, name, **parameters)
-        except FisherMaskError as error:
-            raise MergeError(f"{type(error).__name__} at {name}: {error}") from error
 
 
 def _merge(

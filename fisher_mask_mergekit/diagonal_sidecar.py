@@ -27,7 +27,7 @@ from fisher_mask_mergekit.sidecar import (
     Measurement,
     Record,
     bad_field,
-    probe,
+    check_version,
     which_tensor,
 )
 from fisher_mask_mergekit.sites import name_template
@@ -154,11 +154,10 @@ class DiagonalSidecar:
             raise SidecarMismatchError(f"{about}: it knows no tensor '{name}'")
         return self.records[which_tensor(known, tensor, family, self._fits, about)]
 
-    def _fits(self, name: str, tensor: Tensor) -> bool:
+    def _fits(self, name: str, shape: torch.Size, got: Tensor) -> bool:
         record = self.records[name]
-        if tuple(tensor.shape) != record.shape:
+        if tuple(shape) != record.shape:
             return False
-        got = probe(tensor)
         return torch.equal(torch.tensor(record.values, dtype=torch.float64, device="cpu").to(got.dtype), got)
 
     def fisher(self, record: AnyRecord) -> Tensor:
@@ -303,11 +302,7 @@ def _read_index(path: Path) -> DiagonalMetadata:
         raise SidecarError(
             f"{path} is not the index of a full-size sidecar: it has no format version"
         ) from error
-    if version != FORMAT_VERSION:
-        raise SidecarError(
-            f"{path} has format version {version!r:.20}, this program reads {FORMAT_VERSION}; "
-            "upgrade fisher-mask-mergekit, or measure the checkpoint again"
-        )
+    check_version(path, version, FORMAT_VERSION)
     try:
         return DiagonalMetadata.model_validate_json(text)
     except ValidationError as error:

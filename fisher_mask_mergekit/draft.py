@@ -1,7 +1,7 @@
 """A first recipe for given checkpoints: one that mergekit will run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fisher_mask_mergekit import store
@@ -9,8 +9,7 @@ from fisher_mask_mergekit.checkpoint import Checkpoint, locate, tensor_shapes, t
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.heads import describe_head, is_head
 from fisher_mask_mergekit.recipe import METHOD
-
-Shapes = Mapping[str, tuple[int, ...]]
+from fisher_mask_mergekit.sites import Shapes, layer_of
 
 
 def draft_recipe(names: Sequence[str], data: Sequence[str] = ()) -> str:
@@ -121,16 +120,12 @@ def _layout(checkpoint: Checkpoint, shapes: Shapes) -> tuple[int, set[str], bool
     with transformers_errors(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     architecture = arch_info_for_config(config)
-    loose = {name for name in shapes if _layer_of(name) is None}
+    loose = {name for name in shapes if not layer_of(name)}
     if architecture is None:
-        return 1 + max(layer for name in shapes if (layer := _layer_of(name)) is not None), loose, True
+        return 1 + max(int(layer) for name in shapes if (layer := layer_of(name))), loose, True
     if len(architecture.modules) != 1:
         raise CheckpointError(
             f"{checkpoint.name}: mergekit has several modules for it, and slices: takes one"
         )
     module = next(iter(architecture.modules.values())).architecture
     return module.num_layers(config), loose & {weight.name for weight in module.post_weights(config)}, False
-
-
-def _layer_of(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -115,9 +115,9 @@ def prepare(
     if not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
         raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
-    found = None
-    for path in () if force else [out] if out else store.find_all(checkpoint, settings.kind):
-        found = found or _same_request(path, weights, settings, task, sites)
+    places = () if force else [out] if out else store.find_all(checkpoint, settings.kind)
+    answers = (_same_request(path, weights, settings, task, sites) for path in places)
+    found = next((sidecar for sidecar in answers if sidecar is not None), None)
     samples: Any = None
     if found is None or parse_spec(settings.data or "").is_local:
         samples = load_samples(settings, task)

@@ -100,10 +100,17 @@ def load_model(
     return model
 
 
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the dtype of a model's parameters, but not of its buffers: rotary frequencies stay float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+def settle_dtype(model: Any, loaded: torch.dtype, dtype: torch.dtype) -> None:
+    """Make a model run in a dtype that it may not have been loaded in.
+
+    Its buffers stay as they are: rotary frequencies are float32.
+    """
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        # What transformers runs experts with otherwise has no float64.
+        model.set_experts_implementation("eager")
+    if loaded != dtype:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
 
 def longest(model: nn.Module, tokenizer: Any, settings: FisherSettings) -> int:

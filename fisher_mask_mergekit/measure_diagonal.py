@@ -21,7 +21,7 @@ from fisher_mask_mergekit.diagonal_sidecar import (
 )
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import Inputs, Job
-from fisher_mask_mergekit.loading import cast_parameters, load_model
+from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.sidecar import probe
 from fisher_mask_mergekit.tasks import Batch
 
@@ -42,9 +42,6 @@ def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
         if names.views:  # What only the loaded model has, fused from others, must not have lost digits yet.
             wide = torch.promote_types(wide, tensor.dtype)
     model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
-    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        # What transformers runs experts with otherwise has no float64.
-        model.set_experts_implementation("eager")
     values: dict[str, Tensor] = {}
     for name, value in stored.items():
         parameter = model.get_parameter(sources[name]).detach()
@@ -57,8 +54,7 @@ def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
             values.setdefault(view.source, probe(parameter))
     if lacking := sorted(names.names.keys() - values.keys()):
         raise _unsupported(job, f"have no {lacking[0]}")
-    if wide != dtype:
-        cast_parameters(model, dtype)
+    settle_dtype(model, wide, dtype)
     return model, values
 
 

@@ -12,7 +12,7 @@ from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
 from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.layout_check import check_layout
-from fisher_mask_mergekit.loading import cast_parameters, load_model
+from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, write
 from fisher_mask_mergekit.sites import stack_of
 from fisher_mask_mergekit.skeleton import sites_in
@@ -32,11 +32,7 @@ def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
             wide = torch.promote_types(wide, tensor.dtype)
     model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
     values |= {name: probe(model.get_parameter(name)) for name in made}
-    if dtype == torch.float64 and any(site.experts for site in job.sites):
-        # What transformers runs experts with otherwise has no float64.
-        model.set_experts_implementation("eager")
-    if wide != dtype:
-        cast_parameters(model, dtype)
+    settle_dtype(model, wide, dtype)
     return model, values
 
 

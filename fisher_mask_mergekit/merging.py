@@ -5,7 +5,8 @@ Nothing here loads mergekit: its registry asks for one method while another is b
 
 import logging
 import shlex
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -29,6 +30,20 @@ AnySidecar = TypeVar("AnySidecar")
 
 class MergeError(FisherMaskError, click.ClickException):
     """What mergekit's commands print as one line, without a traceback."""
+
+
+@contextmanager
+def merge_errors(group: "TensorGroup") -> Iterator[str]:
+    """Gives the output tensor's name, and says it of whatever is wrong.
+
+    Raises:
+        MergeError: In place of this package's other errors.
+    """
+    name = group.metadata.name or ""
+    try:
+        yield name
+    except FisherMaskError as error:
+        raise MergeError(f"{type(error).__name__} at {name}: {error}") from error
 
 
 class _Measured(Protocol):

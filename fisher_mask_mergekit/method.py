@@ -18,14 +18,14 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
-from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
+from fisher_mask_mergekit.errors import SidecarMismatchError
 from fisher_mask_mergekit.merging import (
-    MergeError,
     Missing,
     compare_measurements,
     compute_command,
     counted_inputs,
     find_sidecar,
+    merge_errors,
 )
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.weighting import Found, Normalize, Unmasked, fisher_rows, merge_rows
@@ -75,11 +75,8 @@ class FisherMaskMerge(GroupMergeMethod):
             MergeError: If a sidecar is missing, cannot be used, or is another checkpoint's; or if the
                 weights cannot be used.
         """
-        name = group.metadata.name or ""
-        try:
+        with merge_errors(group) as name:
             return _merge(group, name, **parameters)
-        except FisherMaskError as error:
-            raise MergeError(f"{type(error).__name__} at {name}: {error}") from error
 
 
 def _merge(

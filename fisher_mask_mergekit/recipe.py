@@ -57,11 +57,13 @@ class Recipe:
         path: The file.
         method: Its ``merge_method``.
         models: Each model once, in order of appearance; the base model last if nothing else names it.
+        document: All of it, as the YAML has it.
     """
 
     path: Path
     method: str
     models: tuple[RecipeModel, ...]
+    document: Mapping[str, Any]
 
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -100,6 +102,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         tuple(
             _model(name, entries, defaults, overrides or {}, base, path) for name, entries in found.items()
         ),
+        document,
     )
 
 

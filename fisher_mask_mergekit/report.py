@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fisher_mask_mergekit.errors import FisherMaskError
 from fisher_mask_mergekit.sidecar import Sidecar
-from fisher_mask_mergekit.sites import Kind, Node
+from fisher_mask_mergekit.sites import Kind, Node, layer_of
 
 _NO_COLOUR = "lightgrey"  # Zero has no place on a logarithmic scale.
 
@@ -78,7 +78,7 @@ def _layers(sidecar: Sidecar, kind: Kind, node: Node) -> dict[str, numpy.ndarray
 
 def _layer_names(outputs: Sequence[str]) -> list[str]:
     """Layer numbers; where two sites would share one, as in an encoder with a decoder, the full names."""
-    numbers = [next((part for part in name.split(".") if part.isdigit()), name) for name in outputs]
+    numbers = [layer_of(name) or name for name in outputs]
     return numbers if len(set(numbers)) == len(numbers) else list(outputs)
 
 

@@ -183,16 +183,18 @@ class Sidecar:
     def _about(self) -> str:
         return f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
 
-    def _fits(self, name: str, tensor: Tensor) -> bool:
-        _, governed = self.governed[name]
-        if tuple(tensor.shape) != governed.shape:
+    def _fits(self, name: str, shape: torch.Size, got: Tensor) -> bool:
+        if tuple(shape) != self.governed[name][1].shape:
             return False
-        got = probe(tensor)
         return torch.equal(self.values[name][: len(got)].to(got.dtype), got)
 
 
 def which_tensor(
-    name: str, tensor: Tensor, family: Sequence[str], fits: Callable[[str, Tensor], bool], about: str
+    name: str,
+    tensor: Tensor,
+    family: Sequence[str],
+    fits: Callable[[str, torch.Size, Tensor], bool],
+    about: str,
 ) -> str:
     """Which of a checkpoint's tensors this is: the one of that name if its values fit, else the only one that fits.
 
@@ -200,15 +202,16 @@ def which_tensor(
         name: The name it goes by.
         tensor: The tensor.
         family: The names of the same tensor in all layers.
-        fits: Whether a tensor has the values that are kept of a name.
+        fits: Whether a shape and probed values are those that are kept of a name.
         about: Whose tensors, for messages.
 
     Raises:
         SidecarMismatchError: If none fits, or several.
     """
-    if name in family and fits(name, tensor):
+    got = probe(tensor)
+    if name in family and fits(name, tensor.shape, got):
         return name
-    found = [other for other in family if other != name and fits(other, tensor)]
+    found = [other for other in family if other != name and fits(other, tensor.shape, got)]
     if len(found) == 1:
         return found[0]
     what = f"fits several layers ({', '.join(found[:3])})" if found else "has other values"
@@ -317,15 +320,24 @@ def _read_metadata(content: bytes, path: Path) -> Metadata:
         raise SidecarError(
             f"{path} is not a sidecar of fisher-mask-mergekit: it has no such metadata"
         ) from error
-    if version != FORMAT_VERSION:
-        raise SidecarError(
-            f"{path} has format version {version!r:.20}, this program reads {FORMAT_VERSION}; "
-            "upgrade fisher-mask-mergekit, or measure the checkpoint again"
-        )
+    check_version(path, version, FORMAT_VERSION)
     try:
         return Metadata.model_validate_json(text)
     except ValidationError as error:
         raise bad_field(path, error) from error
+
+
+def check_version(path: Path, version: Any, known: int) -> None:
+    """Refuse a format that this program does not read.
+
+    Raises:
+        SidecarError: If it is another.
+    """
+    if version != known:
+        raise SidecarError(
+            f"{path} has format version {version!r:.20}, this program reads {known}; "
+            "upgrade fisher-mask-mergekit, or measure the checkpoint again"
+        )
 
 
 def bad_field(path: Path, error: ValidationError) -> SidecarError:

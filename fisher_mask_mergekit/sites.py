@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 Kind = Literal["attention", "ffn"]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor names and shapes."""
+
 Node = Literal["head_fisher", "kv_head_fisher", "neuron_fisher"]
 NodeKey = tuple[str, Node]
 """A site's output projection and a kind of node."""
@@ -127,6 +130,11 @@ def stack_of(output: str) -> str:
     """What comes before the first number of a path: ``model.layers``, ``vision_tower.encoder.layers``."""
     parts = output.split(".")
     return next((".".join(parts[:index]) for index, part in enumerate(parts) if part.isdigit()), "")
+
+
+def layer_of(name: str) -> str:
+    """The first number of a path; empty if there is none."""
+    return next((part for part in name.split(".") if part.isdigit()), "")
 
 
 def name_template(name: str) -> str:

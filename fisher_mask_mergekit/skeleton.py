@@ -13,10 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from fisher_mask_mergekit.sites import GovernedTensor, Site
+from fisher_mask_mergekit.sites import GovernedTensor, Shapes, Site
 from fisher_mask_mergekit.table import find_sites
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 

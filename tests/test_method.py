@@ -11,7 +11,7 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.method import MergeError
+from fisher_mask_mergekit.merging import MergeError
 from fisher_mask_mergekit.sidecar import Sidecar, write
 from fisher_mask_mergekit.sites import name_template
 from fisher_mask_mergekit.weighting import merge_rows

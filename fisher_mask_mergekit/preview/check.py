@@ -11,7 +11,7 @@ from fisher_mask_mergekit.preview.check_merge import check_merge, planned
 from fisher_mask_mergekit.preview.check_sidecars import check_sidecars
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.peek import Peeked, peek
-from fisher_mask_mergekit.preview.plan import Output, read_document
+from fisher_mask_mergekit.preview.plan import Output
 from fisher_mask_mergekit.recipe import KIND_OF_METHOD, METHOD, Recipe, read_recipe
 
 
@@ -29,7 +29,7 @@ def check_recipe(path: Path) -> list[Finding]:
         recipe = read_recipe(path)
     except RecipeError as error:
         return [Finding("error", "recipe", str(error), "correct the recipe; docs/cli.md lists the settings")]
-    document = read_document(recipe)
+    document = recipe.document
     findings = [*_settings(recipe, document), *check_keys(recipe, document)]
     models: dict[str, Peeked] = {}
     for model in recipe.models:

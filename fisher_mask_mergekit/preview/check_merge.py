@@ -9,7 +9,7 @@ from fisher_mask_mergekit.preview.findings import Finding, listed
 from fisher_mask_mergekit.preview.forecast import counted
 from fisher_mask_mergekit.preview.losses import lost_tensors
 from fisher_mask_mergekit.preview.peek import Peeked
-from fisher_mask_mergekit.preview.plan import Output, plan_merge, read_document
+from fisher_mask_mergekit.preview.plan import Output, plan_merge
 from fisher_mask_mergekit.recipe import KIND_OF_METHOD, Recipe
 from fisher_mask_mergekit.sites import name_template
 
@@ -99,7 +99,7 @@ def _weights(outputs: Sequence[Output]) -> Iterator[Finding]:
 
 
 def _losses(recipe: Recipe, models: Mapping[str, Peeked], outputs: Sequence[Output]) -> Iterator[Finding]:
-    document = read_document(recipe)
+    document = recipe.document
     moved = bool(document.get("slices") or document.get("modules"))
     used = {one.model for output in outputs for one in output.inputs}
     lost: dict[tuple[str, ...], list[str]] = {}

@@ -16,7 +16,7 @@ from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
 from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe, RecipeModel
 from fisher_mask_mergekit.sidecar import Sidecar, read
-from fisher_mask_mergekit.sites import name_template
+from fisher_mask_mergekit.sites import layer_of, name_template
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,6 @@ def _reading_order(one: ShareStatistics) -> tuple[bool, str, str, int, tuple[str
     """Site by site, layer by layer; what weight alone decides last."""
     layer = layer_of(one.tensors[0])
     return not one.output, name_template(one.output), one.layout, int(layer or 0), one.tensors
-
-
-def layer_of(name: str) -> str:
-    """The first number of a path, empty if there is none."""
-    return next((part for part in name.split(".") if part.isdigit()), "")
 
 
 def as_json(sidecars: Iterable[Sidecar], shares: Iterable[ShareStatistics]) -> dict[str, Any]:

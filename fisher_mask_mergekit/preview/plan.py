@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import RecipeError, first_line
 from fisher_mask_mergekit.preview.peek import Peeked
 from fisher_mask_mergekit.recipe import Recipe
-from fisher_mask_mergekit.skeleton import Shapes
+from fisher_mask_mergekit.sites import Shapes, layer_of
 
 _MODEL_KEYS = ("model", "base_model", "tokenizer_source", "source")
 
@@ -72,11 +71,6 @@ class Output:
         return tuple(one for one in self.inputs if one.shape is not None)
 
 
-def read_document(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's YAML, which :func:`~fisher_mask_mergekit.recipe.read_recipe` found to be a mapping."""
-    return yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
-
-
 def plan_merge(recipe: Recipe, models: Mapping[str, Peeked]) -> tuple[Output, ...]:
     """Let mergekit plan a recipe.
 
@@ -93,7 +87,7 @@ def plan_merge(recipe: Recipe, models: Mapping[str, Peeked]) -> tuple[Output, ..
             for index, (name, peeked) in enumerate(models.items())
         }
         try:
-            return _plan(_renamed(read_document(recipe), folders), folders, models)
+            return _plan(_renamed(recipe.document, folders), folders, models)
         except (
             Exception
         ) as error:  # mergekit raises RuntimeError, ValueError, TypeError, pydantic's and others.
@@ -190,7 +184,7 @@ class _Loader:
         self._shapes = shapes
         self._layers: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, shape in shapes.items():
-            self._layers.setdefault(_layer(name), {})[name] = shape
+            self._layers.setdefault(layer_of(name), {})[name] = shape
         self.tensor_paths: Shapes = shapes
 
     def get_tensor(self, name: str, **_options: Any) -> Tensor:
@@ -200,7 +194,7 @@ class _Loader:
         """Shape of what mergekit will load, and why it will not."""
         problem = ""
         # mergekit tries every tensor of a checkpoint for one that has to be put together: first a layer's.
-        for paths in (self._layers.get(_layer(task.tensor), {}), self._shapes):
+        for paths in (self._layers.get(layer_of(task.tensor), {}), self._shapes):
             self.tensor_paths = paths
             try:
                 tensor = task.model_copy(update={"device": "meta"}).execute()
@@ -211,7 +205,3 @@ class _Loader:
                 self.tensor_paths = self._shapes
                 return tuple(tensor.shape), ""
         return None, problem
-
-
-def _layer(name: str) -> str:
-    return next((part for part in name.split(".") if part.isdigit()), "")

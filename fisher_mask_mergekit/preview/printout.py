@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
-from fisher_mask_mergekit.preview.inspection import NodeStatistics, ShareStatistics, layer_of, node_statistics
+from fisher_mask_mergekit.preview.inspection import NodeStatistics, ShareStatistics, node_statistics
 from fisher_mask_mergekit.preview.survey import Survey
 from fisher_mask_mergekit.sidecar import Metadata, Sidecar
-from fisher_mask_mergekit.sites import GovernedTensor, Site, name_template
+from fisher_mask_mergekit.sites import GovernedTensor, Site, layer_of, name_template
 
 _WEIGHTED: Mapping[str, str] = {
     "q": "query rows", "k": "key rows", "q k v": "query and key rows", "(q k v)": "query and key rows",
