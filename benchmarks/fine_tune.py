@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=8e-5, help="learning rate [default: %(default)s]")
     parser.add_argument("--rows", type=int, help="training rows to draw [default: all]")
     parser.add_argument("--max-length", type=int, default=96, help="tokens per row [default: %(default)s]")
-    parser.add_argument("--names", help="other label names, with commas between; the same name twice makes one label")
+    parser.add_argument(
+        "--names", help="other label names, with commas between; the same name twice makes one label"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -92,7 +94,9 @@ def main() -> None:
     found = trainer.evaluate()
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    print(json.dumps({"rows": len(train), "validation_rows": len(held_out), "accuracy": found["eval_accuracy"]}))
+    print(
+        json.dumps({"rows": len(train), "validation_rows": len(held_out), "accuracy": found["eval_accuracy"]})
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,29 @@ from fisher_mask_mergekit.checkpoint import (
 )
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
+from fisher_mask_mergekit.sites import Shapes
 
 Pooler = Literal["own", "average"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A merge's tensors, in files or in memory.
+
+    Attributes:
+        name: What messages call it.
+        shapes: The tensors'.
+        read: The tensors of given names, with their names.
+    """
+
+    name: str
+    shapes: Shapes
+    read: Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
+
+
+def stored(checkpoint: Checkpoint) -> Encoder:
+    """A merge that was written to a folder."""
+    return Encoder(checkpoint.name, tensor_shapes(checkpoint), partial(read_tensors, checkpoint))
 
 
 def is_head(name: str) -> bool:
@@ -60,14 +83,13 @@ def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") 
     for folder in folders:
         if folder.exists():
             raise RecipeError(f"{folder} exists; remove it, or choose another folder")
-    encoder = locate(merged)
+    encoder = stored(locate(merged))
     own = [locate(model.name) for model in models]
-    shapes = tensor_shapes(encoder)
     for checkpoint in own:
-        check_encoder(checkpoint, encoder, shapes)
+        check_encoder(checkpoint, encoder)
     average = average_pooler(models, own) if pooler == "average" else {}
     for checkpoint, folder in zip(own, folders, strict=True):
-        _write(checkpoint, encoder, shapes, average, folder)
+        _write(checkpoint, encoder, average, folder)
     return folders
 
 
@@ -79,20 +101,19 @@ def short_names(models: list[str]) -> list[str]:
     return [model.strip("/").replace("/", "--") for model in models]
 
 
-def check_encoder(checkpoint: Checkpoint, encoder: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a merged folder that is none of a checkpoint's encoder.
+def check_encoder(checkpoint: Checkpoint, encoder: Encoder) -> None:
+    """Refuse a merge that is none of a checkpoint's encoder.
 
     Args:
         checkpoint: One of what was merged.
-        encoder: The merged folder.
-        shapes: Its tensors.
+        encoder: The merge.
 
     Raises:
         CheckpointError: If it lacks a tensor of the encoder, or has another shape for it.
     """
     for name, shape in tensor_shapes(checkpoint).items():
-        if not is_head(name) and shapes.get(name) != shape:
-            got = shapes.get(name, "no such tensor")
+        if not is_head(name) and encoder.shapes.get(name) != shape:
+            got = encoder.shapes.get(name, "no such tensor")
             raise CheckpointError(
                 f"{encoder.name} is not a merge of {checkpoint.name}: {name}: expected {shape}, got {got}"
             )
@@ -124,14 +145,8 @@ def average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> 
     return {name: tensor / weights for name, tensor in total.items()}
 
 
-def _write(
-    checkpoint: Checkpoint,
-    encoder: Checkpoint,
-    shapes: Mapping[str, tuple[int, ...]],
-    pooler: Mapping[str, Tensor],
-    folder: Path,
-) -> None:
-    state = headed_state(checkpoint, encoder, shapes, pooler)
+def _write(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, Tensor], folder: Path) -> None:
+    state = headed_state(checkpoint, encoder, pooler)
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     config = read_config(checkpoint) | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
@@ -154,22 +169,16 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def headed_state(
-    checkpoint: Checkpoint,
-    encoder: Checkpoint,
-    shapes: Mapping[str, tuple[int, ...]],
-    pooler: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+def headed_state(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The merged encoder's tensors with a checkpoint's own head, in the encoder's dtype.
 
     Args:
         checkpoint: Whose head.
-        encoder: The merged folder.
-        shapes: Its tensors.
+        encoder: The merge.
         pooler: Tensors that take the place of the checkpoint's own pooler.
     """
     own_shapes = tensor_shapes(checkpoint)
-    state = dict(read_tensors(encoder, (name for name in shapes if name in own_shapes and not is_head(name))))
+    state = dict(encoder.read(name for name in encoder.shapes if name in own_shapes and not is_head(name)))
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     head = dict(read_tensors(checkpoint, (name for name in own_shapes if is_head(name))))
     for name, tensor in {**head, **pooler}.items():

@@ -1,20 +1,29 @@
 """A recipe and its merges looked into: all that can be wrong before a model is run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from sys import maxsize
 from typing import Any
 
 from torch import Tensor
 
-from fisher_mask_mergekit.checkpoint import Checkpoint, locate, tensor_shapes
+from fisher_mask_mergekit.checkpoint import Checkpoint, locate
 from fisher_mask_mergekit.data import Samples, load_samples, parse_spec
 from fisher_mask_mergekit.errors import CheckpointError, DataError, RecipeError
 from fisher_mask_mergekit.evaluation.answers import AnswerTexts
 from fisher_mask_mergekit.evaluation.metrics import Metric, metrics_of
 from fisher_mask_mergekit.evaluation.scores import OWN
-from fisher_mask_mergekit.heads import Pooler, average_pooler, check_encoder, short_names
+from fisher_mask_mergekit.heads import (
+    Encoder,
+    Pooler,
+    average_pooler,
+    check_encoder,
+    headed_state,
+    short_names,
+    stored,
+)
 from fisher_mask_mergekit.loading import class_of, load_config
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 from fisher_mask_mergekit.settings import FisherSettings
@@ -75,17 +84,34 @@ class Contender:
 
     Attributes:
         line: :data:`~fisher_mask_mergekit.evaluation.scores.OWN`, or the merge's name.
-        checkpoint: Whose configuration, tokenizer and, unless there is an encoder, weights these are.
+        checkpoint: Whose configuration, tokenizer and, unless there are others, weights these are.
         config: The configuration.
         kind: The class.
-        encoder: The merged folder whose encoder is taken instead of the checkpoint's; with its tensors' shapes.
+        state: Gives the weights to take in place of the checkpoint's.
     """
 
     line: str
     checkpoint: Checkpoint
     config: Any
     kind: Any
-    encoder: tuple[Checkpoint, Mapping[str, tuple[int, ...]]] | None
+    state: Callable[[], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge to evaluate.
+
+    Attributes:
+        line: What tables call it.
+        encoder: Its tensors.
+        checkpoint: Its folder; None if it was not written.
+        config: Its configuration, if it was not written.
+    """
+
+    line: str
+    encoder: Encoder
+    checkpoint: Checkpoint | None = None
+    config: Any = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +122,12 @@ class Plan:
         subjects: The recipe's models.
         merges: The merges' lines, in the order given.
         contenders: Per subject, in the same order, the fine-tuned model and the merges.
-        pooler: Tensors that replace every model's own pooler.
         options: How.
     """
 
     subjects: Sequence[Subject]
     merges: Sequence[str]
     contenders: Sequence[Sequence[Contender]]
-    pooler: Mapping[str, Tensor]
     options: Options
 
 
@@ -120,24 +144,52 @@ def plan(recipe: Recipe, merged: Sequence[str], options: Options) -> Plan:
     """
     if len({str(Path(one).resolve()) for one in merged}) < len(merged):
         raise RecipeError("a merged folder is named twice")
+    found = [(folder, stored(folder)) for folder in map(locate, merged)]
+    merges = [
+        Merge(line, encoder, folder)
+        for line, (folder, encoder) in zip(short_names([OWN, *merged])[1:], found, strict=True)
+    ]
+    return plan_merges(subjects(recipe, options), merges, options)
+
+
+def subjects(recipe: Recipe, options: Options) -> list[Subject]:
+    """What the merges of a recipe are scored on.
+
+    Args:
+        recipe: What was merged.
+        options: How to evaluate.
+
+    Raises:
+        FisherMaskError: On bad input.
+    """
     models = [model for model in recipe.models if model.is_merged]
     for model in models:
         if model.settings is None and model.evaluation.eval is None:
             raise RecipeError(
                 f"{recipe.path}: nothing says what to evaluate {model.name} on; add  fisher: {{eval: DATASET}}  beside it"
             )
-    merges = short_names([OWN, *merged])[1:]
-    encoders = [(folder, tensor_shapes(folder)) for folder in map(locate, merged)]
     names = short_names([model.name for model in models])
-    subjects = [_subject(*pair, options) for pair in zip(names, models, strict=True)]
-    contenders = [
-        [_own(one, options), *(_merged(one, line, *encoder, options) for line, encoder in zip(merges, encoders, strict=True))]
-        for one in subjects
-    ]  # fmt: skip
+    return [_subject(*pair, options) for pair in zip(names, models, strict=True)]
+
+
+def plan_merges(found: Sequence[Subject], merges: Sequence[Merge], options: Options) -> Plan:
+    """Put merges beside the fine-tuned models.
+
+    Args:
+        found: The models.
+        merges: All of these models.
+        options: How to evaluate.
+
+    Raises:
+        FisherMaskError: If a merge is none of these models.
+    """
     pooler: Mapping[str, Tensor] = {}
-    if options.pooler == "average" and any(one.task.name in HEADED for one in subjects):
-        pooler = average_pooler(models, [one.checkpoint for one in subjects])
-    return Plan(subjects, merges, contenders, pooler, options)
+    if options.pooler == "average" and any(one.task.name in HEADED for one in found):
+        pooler = average_pooler([one.model for one in found], [one.checkpoint for one in found])
+    contenders = [
+        [_own(one, options), *(_merged(one, merge, pooler, options) for merge in merges)] for one in found
+    ]
+    return Plan(found, [merge.line for merge in merges], contenders, options)
 
 
 def evaluation_data(settings: FisherSettings, given: str | None) -> str:
@@ -188,25 +240,23 @@ def _own(subject: Subject, options: Options) -> Contender:
     kind = class_of(
         subject.checkpoint, subject.config, subject.task, trust_remote_code=options.trust_remote_code
     )
-    return Contender(OWN, subject.checkpoint, subject.config, kind, None)
+    return Contender(OWN, subject.checkpoint, subject.config, kind)
 
 
-def _merged(
-    subject: Subject,
-    line: str,
-    encoder: Checkpoint,
-    shapes: Mapping[str, tuple[int, ...]],
-    options: Options,
-) -> Contender:
+def _merged(subject: Subject, merge: Merge, pooler: Mapping[str, Tensor], options: Options) -> Contender:
     """A merge as it is put to a subject's task."""
+    own, encoder, trust = subject.checkpoint, merge.encoder, options.trust_remote_code
     if subject.task.name in HEADED:
-        check_encoder(subject.checkpoint, encoder, shapes)
-        return replace(_own(subject, options), line=line, encoder=(encoder, shapes))
-    config = load_config(encoder, trust_remote_code=options.trust_remote_code)
+        check_encoder(own, encoder)
+        state = partial(headed_state, own, encoder, pooler)
+        return replace(_own(subject, options), line=merge.line, state=state)
+    checkpoint = merge.checkpoint or own
+    config = merge.config or load_config(checkpoint, trust_remote_code=trust)
     task = task_of(config, encoder.name, subject.settings)
     if task.name != subject.task.name:
         raise CheckpointError(
-            f"{encoder.name} is not a merge of {subject.checkpoint.name}: made for {task.name}, not for {subject.task.name}"
+            f"{encoder.name} is not a merge of {own.name}: made for {task.name}, not for {subject.task.name}"
         )
-    kind = class_of(encoder, config, task, trust_remote_code=options.trust_remote_code)
-    return Contender(line, encoder, config, kind, None)
+    kind = class_of(checkpoint, config, task, trust_remote_code=trust)
+    whole = None if merge.checkpoint else lambda: dict(encoder.read(encoder.shapes))
+    return Contender(merge.line, checkpoint, config, kind, whole)

@@ -23,7 +23,6 @@ from fisher_mask_mergekit.evaluation.predictions import (
     save_predictions,
 )
 from fisher_mask_mergekit.evaluation.scores import Results, score_task
-from fisher_mask_mergekit.heads import headed_state
 from fisher_mask_mergekit.loading import load_model, load_tokenizer, longest
 from fisher_mask_mergekit.prepass import model_errors
 from fisher_mask_mergekit.store import cache_folder
@@ -64,7 +63,7 @@ def evaluate(plan: Plan, device: torch.device, progress: Progress, *, force: boo
     for subject, contenders in zip(plan.subjects, plan.contenders, strict=True):
         found = {}
         for contender in contenders:
-            state = _state(contender, plan.pooler)
+            state = contender.state() if contender.state else None
             path = cache_folder() / "evaluations" / f"{_key(subject, contender, state)}.npz"
             predictions = None if force else load_predictions(path)
             if predictions is None:
@@ -82,13 +81,6 @@ def evaluate(plan: Plan, device: torch.device, progress: Progress, *, force: boo
         seed = (plan.options.seed, int(subject.samples.record.digest[:16], 16))
         tasks.append(score_task(subject.name, subject.model.name, data, subject.metrics, found, seed))
     return Evaluation(Results(tasks, plan.merges), runs, tuple(dict.fromkeys(notes)))
-
-
-def _state(contender: Contender, pooler: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The weights of a merged encoder with a model's own head; None if they are the checkpoint's, as it is."""
-    if contender.encoder is None:
-        return None
-    return headed_state(contender.checkpoint, *contender.encoder, pooler)
 
 
 def _run(
