@@ -1,0 +1,55 @@
+"""A merge in memory is the merge that mergekit-yaml writes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
+from fisher_mask_mergekit.in_memory import merge_in_memory
+from tests.test_end_to_end import quickly, two_classifiers
+
+
+@pytest.fixture
+def drafted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A measured recipe of two classifiers with unlike heads: slices, an empty one among them."""
+    monkeypatch.chdir(tmp_path)
+    work, two, three = two_classifiers(tmp_path)
+    data = [word for folder in (two, three) for word in ("--data", f"{folder}.jsonl")]
+    recipe = work / "recipe.yml"
+    recipe.write_text(quickly("mergekit-fisher", "init", two, three, *data))
+    quickly("mergekit-fisher", "compute", recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("method", ["fisher_mask", "linear", "task_arithmetic", "ties"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_what_mergekit_writes(drafted: Path, method: str, dtype: str) -> None:
+    text = drafted.read_text().replace("merge_method: fisher_mask", f"merge_method: {method}")
+    drafted.write_text(text.replace("dtype: float32", f"dtype: {dtype}"))
+    before = {path: path.stat().st_mtime_ns for path in drafted.parent.rglob("*")}
+    encoder, config = merge_in_memory(yaml.safe_load(drafted.read_text()), "trial")
+    assert {path: path.stat().st_mtime_ns for path in drafted.parent.rglob("*")} == before
+    quickly("mergekit-yaml", drafted, drafted.parent / "merged")
+    written = load_file(drafted.parent / "merged" / "model.safetensors")
+    assert encoder.shapes == {name: tuple(tensor.shape) for name, tensor in written.items()}
+    found = dict(encoder.read(written))
+    torch.testing.assert_close(found, written, rtol=0, atol=0)
+    stored = AutoConfig.from_pretrained(drafted.parent / "merged")
+    assert (config.num_hidden_layers, config.num_labels) == (stored.num_hidden_layers, stored.num_labels)
+
+
+def test_what_mergekit_refuses_is_one_error(drafted: Path) -> None:
+    document = yaml.safe_load(drafted.read_text())
+    with pytest.raises(RecipeError, match="trial: mergekit cannot merge it: .*no_such_method"):
+        merge_in_memory(document | {"merge_method": "no_such_method"}, "trial")
+
+
+def test_what_the_method_refuses_is_its_own_error(drafted: Path) -> None:
+    document = yaml.safe_load(drafted.read_text())
+    (drafted.parent / "two" / "fisher" / "mask_fisher.safetensors").unlink()
+    with pytest.raises(FisherMaskError, match="there is no sidecar for .*two"):
+        merge_in_memory(document, "trial")
