@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -25,7 +26,7 @@ from transformers.utils import logging
 
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute, pick_device
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import FisherSettings, Kind
 
 VOCABULARY = 30522
 WORDS = (8, 56)
@@ -123,15 +124,14 @@ def main() -> None:
     if data is None:
         data = options.work / "data.jsonl"
         random_text(data, first, options.samples)
-    settings = FisherSettings(data=str(data.resolve()), samples=options.samples)
     device = pick_device(None if options.device == "auto" else options.device)
-    for folder in (first, second):
-        compute(prepare(str(folder), settings), device)
-    print(
-        json.dumps(
-            {"data": str(data), "bytes": sum(file.stat().st_size for file in second.glob("*.safetensors"))}
-        )
-    )
+    kinds: tuple[Kind, ...] = ("mask", "diagonal")
+    for kind in kinds:
+        settings = FisherSettings(data=str(data.resolve()), samples=options.samples, kind=kind)
+        for folder in (first, second):
+            compute(prepare(str(folder), settings), device)
+    sizes = [value.nbytes for file in second.glob("*.safetensors") for value in load_file(file).values()]
+    print(json.dumps({"data": str(data), "bytes": sum(sizes), "largest": max(sizes)}))
 
 
 if __name__ == "__main__":

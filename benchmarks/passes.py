@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,9 +26,10 @@ from transformers.utils import logging
 from fisher_mask_mergekit.batches import encode_samples, padded_batches
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples
+from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.prepass import pick_device
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import FisherSettings, Labels
 from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.tasks import Batch, Categorical, Task, Tokenization, task_of
@@ -76,6 +77,11 @@ def load_workload(checkpoint: Path, data: str, samples: int, device: torch.devic
 def pre_pass(work: Workload) -> dict[NodeKey, Tensor]:
     """The thing itself."""
     return mask_fisher(work.model, work.batches, work.sites, work.task).fisher
+
+
+def diagonal(work: Workload, labels: Labels = "data") -> DiagonalFisher:
+    """What ``compute --kind diagonal`` measures."""
+    return diagonal_fisher(work.model, work.batches, work.task, labels=labels)
 
 
 def lower_bound(work: Workload) -> None:
@@ -173,6 +179,14 @@ def spread_out(samples: list[Batch], count: int) -> list[Batch]:
     return [samples[int((place + 0.5) * len(samples) / count)] for place in range(count)]
 
 
+RUNS: Mapping[str, Callable[[Workload], object]] = {
+    "pre_pass": pre_pass,
+    "lower_bound": lower_bound,
+    "diagonal": diagonal,
+}
+"""What is weighed."""
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given, else the clock is read too early."""
     if device.type != "cpu":
@@ -214,6 +228,8 @@ def time_ways(work: Workload, singles: list[Batch], repeats: int) -> dict[str, T
         "pre_pass": Timed(partial(pre_pass, work), repeats),
         "lower_bound": Timed(partial(lower_bound, work), repeats),
         "explicit_masks": Timed(partial(explicit_masks, work), SLOW_REPEATS),
+        "diagonal": Timed(partial(diagonal, work), SLOW_REPEATS),
+        "exact_diagonal": Timed(partial(diagonal, work, "exact"), SLOW_REPEATS),
         "full_fisher": Timed(partial(full_fisher, work, few, exact=False), SLOW_REPEATS),
         "exact_full_fisher": Timed(partial(full_fisher, work, fewer, exact=True), SLOW_REPEATS),
     }
@@ -288,7 +304,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", choices=("pre_pass", "lower_bound"), default="pre_pass")
+    parser.add_argument("--run", choices=tuple(RUNS), default="pre_pass")
     options = parser.parse_args()
     logging.disable_progress_bar()
     device = pick_device(None if options.device == "auto" else options.device)
@@ -296,8 +312,7 @@ def main() -> None:
     if options.what == "time":
         print(json.dumps(time_all(work, options.repeats)))
     else:
-        run = pre_pass if options.run == "pre_pass" else lower_bound
-        print(json.dumps(peak_bytes(work, partial(run, work))))
+        print(json.dumps(peak_bytes(work, partial(RUNS[options.run], work))))
 
 
 if __name__ == "__main__":

@@ -106,13 +106,14 @@ def taking_turns(names: Sequence[str], rounds: Iterable[int]) -> Iterator[tuple[
 
 
 def memory_runs(arguments: Sequence[object], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Peak memory of the pre-pass and of its lower bound, in bytes, see ``passes.py``."""
-    order = list(taking_turns(("pre_pass", "lower_bound"), range(repeats)))
+    """Peak memory of the pre-pass, of its lower bound and of the full diagonal, in bytes, see ``passes.py``."""
+    names = ("pre_pass", "lower_bound", "diagonal")
+    order = list(taking_turns(names, range(repeats)))
     with ThreadPoolExecutor(2) as pool:  # Nothing is timed here, and memory does not mind a neighbour.
         found = list(
             pool.map(lambda turn: run_script("passes.py", "memory", *arguments, "--run", turn[1]), order)
         )
-    runs: dict[str, list[dict[str, Any]]] = {"pre_pass": [], "lower_bound": []}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for (_, name), one in zip(order, found, strict=True):
         runs[name].append(one)
     return runs
@@ -124,7 +125,7 @@ def merge_runs(work: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
     ``linear`` is run as in a mergekit without the plug-in.
     """
     runs: dict[str, dict[str, list[float]]] = {}
-    for method in ("fisher_mask", "linear"):
+    for method in ("fisher_mask", "fisher_diagonal", "linear"):
         models = [
             f"  - model: {work / name}\n    parameters: {{weight: 1}}\n" for name in ("first", "second")
         ]
@@ -135,7 +136,7 @@ def merge_runs(work: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
         out = work / "merged"
         finished = run_python(
             ["-P", "-c", MERGE, str(work / f"{method}.yml"), str(out)],
-            TORCH_DEVICE_BACKEND_AUTOLOAD="1" if method == "fisher_mask" else "0",
+            TORCH_DEVICE_BACKEND_AUTOLOAD="0" if method == "linear" else "1",
         )
         shutil.rmtree(out)
         if number >= 0:

@@ -97,11 +97,13 @@ def one_at_a_time_rows(timed: dict[str, Any]) -> list[Row]:
             "3  full Fisher, expectation over labels / pre-pass, time",
             timed["exact_full_fisher_samples"],
         ),
+        ("diagonal", "3  full Fisher in batches, data's labels / pre-pass, time", count),
+        ("exact_diagonal", "3  full Fisher in batches, expectation over labels / pre-pass, time", count),
     ):
         seconds = [wall * count / used for wall in timed["seconds"][name]["wall"]]
         ratios = ratios_of(seconds, timed["seconds"]["pre_pass"]["wall"])
         how = f"{count} samples" if used == count else f"scaled to {count} samples from {used}"
-        labels = f", {timed['labels']} labels" if name == "exact_full_fisher" else ""
+        labels = f", {timed['labels']} labels" if name.startswith("exact") else ""
         processor = ratios_of(
             [used_up * count / used for used_up in timed["seconds"][name]["processor"]],
             timed["seconds"]["pre_pass"]["processor"],
@@ -123,23 +125,24 @@ def one_at_a_time_rows(timed: dict[str, Any]) -> list[Row]:
 
 
 def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """Row 4: peak memory of the pre-pass against that of the lower bound."""
+    """Row 4: peak memory of the pre-pass, and of the full diagonal, against that of the lower bound."""
     of = "device memory" if runs["pre_pass"][0]["of"] == "device" else "resident set"
     rows = []
-    for name, title, without in (
-        ("memory", "4  pre-pass / forward + activation-only backward, peak memory", 0),
-        ("memory_beyond_model", "4  the same, beyond what the loaded model takes", 1),
+    for way, name, title, without in (
+        ("pre_pass", "memory", "4  pre-pass / forward + activation-only backward, peak memory", 0),
+        ("pre_pass", "memory_beyond_model", "4  the same, beyond what the loaded model takes", 1),
+        ("diagonal", "memory", "4  full Fisher in batches / the same, peak memory", 0),
     ):
         # At least a byte: on an idle high-water mark nothing is added.
         used = [
-            [max(1, run["peak"] - without * run["before"]) for run in runs[way]]
-            for way in ("pre_pass", "lower_bound")
+            [max(1, run["peak"] - without * run["before"]) for run in runs[one]]
+            for one in (way, "lower_bound")
         ]
         ratios = ratios_of(*used)
         medians = " and ".join(f"{statistics.median(values) / MIB:,.0f}" for values in used)
         rows.append(
             Row(
-                f"pre_pass_{name}_over_lower_bound",
+                f"{way}_{name}_over_lower_bound",
                 title,
                 statistics.median(ratios),
                 "x",
@@ -150,23 +153,43 @@ def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
     return rows
 
 
-def merge_rows(runs: dict[str, dict[str, list[float]]], size: int) -> list[Row]:
-    """Row 5: mergekit-yaml with fisher_mask against stock mergekit's linear."""
+def merge_rows(runs: dict[str, dict[str, list[float]]], size: int, largest: int) -> list[Row]:
+    """Row 5: mergekit-yaml with this package's methods against stock mergekit's linear."""
     on = f"two inputs of {size / MIB:,.0f} MiB, on the CPU, linear without the plug-in"
     rows = []
-    for name, title, target, unit, scale in (
-        ("seconds", "5  merge, fisher_mask / linear, time of mergekit-yaml", 1.1, "s", 1),
-        ("seconds_once_imported", "5  the same, once everything is imported", None, "s", 1),
-        ("peak", "5  merge, fisher_mask / linear, peak memory", 1.1, "MiB", MIB),
+    for method, name, title, target, unit, scale in (
+        ("fisher_mask", "seconds", "5  merge, fisher_mask / linear, time of mergekit-yaml", 1.1, "s", 1),
+        ("fisher_mask", "seconds_once_imported", "5  the same, once everything is imported", None, "s", 1),
+        ("fisher_mask", "peak", "5  merge, fisher_mask / linear, peak memory", 1.1, "MiB", MIB),
+        (
+            "fisher_diagonal",
+            "seconds",
+            "5  merge, fisher_diagonal / linear, time of mergekit-yaml",
+            None,
+            "s",
+            1,
+        ),
+        ("fisher_diagonal", "peak", "5  merge, fisher_diagonal / linear, peak memory", None, "MiB", MIB),
     ):
-        used = [runs[method][name] for method in ("fisher_mask", "linear")]
+        used = [runs[one][name] for one in (method, "linear")]
         ratios = ratios_of(*used)
         medians = " and ".join(f"{statistics.median(values) / scale:,.4g}" for values in used)
         detail = f"{spread(ratios)}; {medians} {unit}; {on}"
         if name == "seconds":
-            processor = ratios_of(*(runs[method]["processor"] for method in ("fisher_mask", "linear")))
+            processor = ratios_of(*(runs[one]["processor"] for one in (method, "linear")))
             detail += f"; by processor time {statistics.median(processor):.3f}"
-        rows.append(Row(f"merge_{name}_over_linear", title, statistics.median(ratios), "x", target, detail))
+        rows.append(
+            Row(f"merge_{method}_{name}_over_linear", title, statistics.median(ratios), "x", target, detail)
+        )
+    beyond = [
+        (top - bottom) / (2 * largest)
+        for top, bottom in zip(runs["fisher_diagonal"]["peak"], runs["linear"]["peak"], strict=False)
+    ]
+    detail = (
+        f"{spread(beyond)}; the largest has {largest / MIB:,.0f} MiB; what is mapped from files is counted"
+    )
+    title = "5  the same, beyond linear's, in largest tensors of each input"
+    rows.append(Row("merge_fisher_diagonal_peak_beyond", title, statistics.median(beyond), "x", 1.0, detail))
     return rows
 
 
@@ -280,7 +303,7 @@ def main() -> None:
         lower_bound_row(timed),
         *one_at_a_time_rows(timed),
         *memory_rows(memory),
-        *merge_rows(merges, made["bytes"]),
+        *merge_rows(merges, made["bytes"], made["largest"]),
         *import_rows(imports),
     ]
     found = conditions(timed, options)

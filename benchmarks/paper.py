@@ -1,0 +1,182 @@
+"""The tables of arXiv 2403.09891, made again: every pair of a recipe's checkpoints, merged in the paper's ways.
+
+    python benchmarks/paper.py recipes/paper/bert-base.yml --work FOLDER --pooler average
+
+Table 1: the median over all pairs' tasks of the accuracy normalised by each fine-tuned model's own. Table 2: each pair.
+Table 3: seconds to measure a checkpoint, mean over them. Table 4: the same in GFLOPs, as torch counts them. Published
+figures stand beside those measured where the recipe is one of the paper's; they were measured on a T4 GPU, with the released
+code. Writes ``paper.json`` and ``paper.md`` into the work folder.
+
+Full Fisher information is the exact expectation over the labels, as in the paper, for up to eight labels; with more, one
+label is drawn from the model for each sample.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import summary
+from compare import Bench, arguments, bench, compare
+from torch.utils.flop_counter import FlopCounterMode
+from ways import AVERAGE, Way, diagonal, mask
+
+from fisher_mask_mergekit.evaluation.plan import Subject
+from fisher_mask_mergekit.evaluation.table import aligned
+from fisher_mask_mergekit.job import prepare
+from fisher_mask_mergekit.prepass import compute
+
+BATCH = 32
+COSTED = 128
+"""Samples that times and FLOPs are for, as in the paper."""
+WAYS: Mapping[str, Callable[[int], Way]] = {
+    "full Fisher": lambda samples: diagonal(f"full Fisher, {samples:,}", samples=samples, labels="exact"),
+    "mask Fisher": lambda samples: mask(f"mask Fisher, {samples:,}", samples=samples),
+    "mask Fisher, released code": lambda samples: mask(
+        f"mask Fisher, released code, {samples:,}",
+        {"unmasked": "universal"},
+        samples=samples,
+        estimator="batch",
+        batch_size=BATCH,
+    ),
+}
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "bert-base": {
+        "average": 91.2,
+        "full Fisher": (92.0, 91.7, 91.9),
+        "mask Fisher, released code": (95.2, 92.8, 93.7),
+        "seconds": (58.009, 0.959),
+        "gflops": 4172.0,
+    },
+    "bert-large": {
+        "average": 85.8,
+        "full Fisher": (87.0, 86.1, 89.2),
+        "mask Fisher, released code": (90.1, 88.1, 87.9),
+        "seconds": (214.299, 4.003),
+        "gflops": 14693.0,
+    },
+    "bert-tiny": {
+        "average": 90.8,
+        "full Fisher": (89.6, 89.2, 90.4),
+        "mask Fisher, released code": (86.1, 88.4, 88.7),
+        "seconds": (17.101, 0.055),
+        "gflops": 18.64,
+    },
+    "roberta-base": {
+        "average": 86.2,
+        "full Fisher": (91.5, 88.5, 88.5),
+        "mask Fisher, released code": (92.7, 89.4, 88.8),
+        "seconds": (59.383, 0.993),
+        "gflops": 4139.0,
+    },
+}
+"""Tables 1, 3 and 4 of the paper; with 128, 2,048 and 32,768 samples; seconds of full and mask Fisher."""
+PUBLISHED_SAMPLES = (128, 2048, 32768)
+
+
+def ways_of(samples: Sequence[int]) -> list[Way]:
+    return [AVERAGE, *(make(count) for make in WAYS.values() for count in samples)]
+
+
+def published(stem: str, way: Way) -> str:
+    """What the paper has for a way, if it has."""
+    figures = PUBLISHED.get(stem, {})
+    name, _, count = way.name.rpartition(", ")
+    if way is AVERAGE:
+        return str(figures.get(way.name, ""))
+    by_samples = dict(zip(PUBLISHED_SAMPLES, figures.get(name, ()), strict=False))
+    return str(by_samples.get(int(count.replace(",", "")), ""))
+
+
+def scores_table(stem: str, found: Sequence[summary.Summary], ways: Sequence[Way]) -> str:
+    head, *table = summary.rows(found)
+    rows = [[*head[:2], "published", *head[2:]]]
+    rows += [[*row[:2], published(stem, way), *row[2:]] for row, way in zip(table, ways, strict=True)]
+    return aligned(rows)
+
+
+def pairs_table(found: Sequence[Mapping[str, Any]], ways: Sequence[Way]) -> str:
+    """Both tasks' normalised scores, pair by pair."""
+    rows = [["pair", *(way.name for way in ways)]]
+    for one in found:
+        tasks = one["results"]["tasks"]
+        cells = [" / ".join(f"{task['normalised'][way.name]['value']:.1f}" for task in tasks) for way in ways]
+        rows.append([" + ".join(one["models"]), *cells])
+    return aligned(rows)
+
+
+def cost(setting: Bench, subject: Subject, way: Way) -> dict[str, float]:
+    """Seconds and GFLOPs of measuring a checkpoint, forward and backward."""
+    settings = way.settings(subject.model.request, subject.config.num_labels)
+    with tempfile.TemporaryDirectory() as folder:
+        name = "sidecar.safetensors" if settings.kind == "mask" else "sidecar"
+        timed, counted = (
+            prepare(subject.model.name, settings, out=Path(folder) / str(run) / name, force=True)
+            for run in range(2)
+        )
+        seconds = compute(timed, setting.device).seconds
+        with FlopCounterMode(display=False) as counter:
+            compute(counted, setting.device)
+    return {"seconds": seconds, "gflops": counter.get_total_flops() / 1e9}
+
+
+def costs(setting: Bench, ways: Sequence[Way]) -> dict[str, dict[str, dict[str, float]]]:
+    """By way and checkpoint; the ways in turn, so that they are measured side by side."""
+    found: dict[str, dict[str, dict[str, float]]] = {way.name: {} for way in ways}
+    for subject in setting.subjects:
+        for way in ways:
+            found[way.name][subject.name] = cost(setting, subject, way)
+    return found
+
+
+def costs_table(
+    stem: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], ways: Sequence[Way]
+) -> str:
+    figures = PUBLISHED.get(stem, {})
+    seconds = dict(
+        zip(("full Fisher", "mask Fisher, released code"), figures.get("seconds", ()), strict=False)
+    )
+    rows = [["measured", "seconds", "published", "GFLOPs", "published"]]
+    for way in ways:
+        name = way.name.rpartition(", ")[0]
+        means = [
+            sum(one[what] for one in found[way.name].values()) / len(found[way.name])
+            for what in ("seconds", "gflops")
+        ]
+        gflops = str(figures.get("gflops", "")) if name == "mask Fisher, released code" else ""
+        rows.append([way.name, f"{means[0]:.3g}", str(seconds.get(name, "")), f"{means[1]:,.0f}", gflops])
+    return aligned(rows)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--samples", default="128,2048,32768", help="with commas between [default: %(default)s]"
+    )
+    parser.add_argument("--no-costs", action="store_true", help="leave out times and FLOPs")
+    given = parser.parse_args()
+    setting, stem = bench(given), given.recipe.stem
+    ways = ways_of([int(count) for count in given.samples.split(",")])
+    found = compare(setting, list(combinations(setting.subjects, 2)), ways)
+    parts = [
+        f"Table 1, {len(found)} pairs:\n\n{scores_table(stem, summary.summaries(found), ways)}",
+        f"Table 2:\n\n{pairs_table(found, ways)}",
+    ]
+    record = {**setting.facts(), "records": found}
+    if not given.no_costs:
+        costed = [make(COSTED) for make in WAYS.values() if make(COSTED) in ways]
+        record["costs"] = costs(setting, costed)
+        parts.append(
+            f"Tables 3 and 4, {COSTED} samples, mean over {len(setting.subjects)} checkpoints:\n\n"
+            + costs_table(stem, record["costs"], costed)
+        )
+    text = "\n\n".join(parts)
+    print(text)
+    (given.work / "paper.md").write_text(text + "\n")
+    (given.work / "paper.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Ways to merge, as recipes say them: which method, with which parameters, and what is measured for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fisher_mask_mergekit.settings import FisherSettings
+
+MOST_EXACT = 8
+"""Labels up to which the full Fisher information is the exact expectation over all of them; beyond, one is drawn from
+the model for each sample: every label costs a backward pass."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to merge.
+
+    Attributes:
+        name: What tables call it.
+        method: As a recipe names it.
+        parameters: For the whole merge.
+        each: For every model.
+        measured: What is measured for it, beside the recipe's own settings; None if nothing is.
+        with_parent: Whether the models' common parent is the base model.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] | None = None
+    with_parent: bool = False
+
+    def settings(self, request: FisherSettings, labels: int) -> FisherSettings:
+        """What is measured of a model with so many labels."""
+        wanted = dict(self.measured or {})
+        if wanted.get("labels") == "exact" and labels > MOST_EXACT:
+            wanted["labels"] = "sampled"
+        return FisherSettings.model_validate(request.model_dump() | wanted)
+
+
+AVERAGE = Way("average", "linear")
+
+
+def mask(name: str, parameters: Mapping[str, Any] | None = None, **measured: Any) -> Way:
+    """A merge by the Fisher information of mask nodes."""
+    return Way(name, "fisher_mask", parameters or {}, measured={"kind": "mask", **measured})
+
+
+def diagonal(name: str, parameters: Mapping[str, Any] | None = None, **measured: Any) -> Way:
+    """A merge by the full diagonal Fisher information."""
+    return Way(name, "fisher_diagonal", parameters or {}, measured={"kind": "diagonal", **measured})
+
+
+WITHOUT_DATA = (
+    # What their papers recommend where nothing can be tuned.
+    Way("task_arithmetic", "task_arithmetic", each={"weight": 0.4}, with_parent=True),
+    Way("ties", "ties", each={"weight": 1.0, "density": 0.2}, with_parent=True),
+    Way("dare_ties", "dare_ties", each={"weight": 1.0, "density": 0.5}, with_parent=True),
+    Way("model_stock", "model_stock", with_parent=True),
+    Way("karcher", "karcher"),
+)
