@@ -1,5 +1,6 @@
 """Every recipe in `recipes/`, run as it stands but for its names: small local stand-ins for what is on the hub."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from fisher_mask_mergekit.recipe import read_recipe
 from tests import tiny
 from tests.test_end_to_end import quickly, weights_of
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yml"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yml"))
+
+
+def layers_of(recipe: Path) -> int:
+    """What its slices say, else BERT-base's."""
+    found = re.findall(r"layer_range: \[0, (\d+)\]", recipe.read_text())
+    return int(found[0]) if found else 12
 
 
 def localise(recipe: Path, folder: Path) -> Path:
@@ -22,7 +29,7 @@ def localise(recipe: Path, folder: Path) -> Path:
         labels = 3 if "mnli" in model.name else 2
         target = folder / model.name.replace("/", "--")
         if kind not in parent:
-            parent[kind] = tiny.checkpoint(target, kind, labels, num_hidden_layers=12)
+            parent[kind] = tiny.checkpoint(target, kind, labels, num_hidden_layers=layers_of(recipe))
         else:
             tiny.sibling(target, parent[kind], seed, labels)
         text = text.replace(model.name, str(target))
@@ -54,8 +61,16 @@ def test_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     quickly("mergekit-yaml", "linear.yml", "linear")
     merged, linear = weights_of(Path("merged")), weights_of(Path("linear"))
     moved = [name for name in merged if float((merged[name] - linear[name]).abs().max()) > 1e-4]
-    assert len(moved) >= 6 * 12
+    assert len(moved) >= 6 * layers_of(recipe)
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 5
+    assert len(RECIPES) >= 9
+
+
+def test_the_papers_checkpoints_are_there() -> None:
+    paper = [recipe for recipe in RECIPES if recipe.parent.name == "paper"]
+    named = {recipe.stem: [model.name for model in read_recipe(recipe).models] for recipe in paper}
+    assert set(named) == {"bert-tiny", "bert-base", "bert-large", "roberta-base"}
+    assert all(len(set(names)) == 6 for names in named.values())
+    assert len({name for names in named.values() for name in names}) == 24

@@ -1,0 +1,154 @@
+"""The benchmarks that compare merges, whole, on tiny models."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModel
+
+from tests import tiny
+from tests.test_cli import run
+from tests.test_end_to_end import quickly
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+WAYS = ["average", "fisher_mask none", "fisher_mask model", "fisher_mask layer", "fisher_diagonal none",
+        "fisher_diagonal model", "task_arithmetic", "ties", "dare_ties", "model_stock", "karcher"]  # fmt: skip
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe of three siblings with two, two and three labels, and their parent."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    first = tiny.checkpoint(tmp_path / "first")
+    parent = AutoModel.from_pretrained(first)
+    parent.save_pretrained(tmp_path / "parent")
+    entries = []
+    for seed, (name, labels) in enumerate({"a": 2, "b": 2, "c": 3}.items()):
+        tiny.sibling(tmp_path / name, first, seed, labels)
+        tiny.write_data(tmp_path / f"{name}.jsonl", labels=labels, seed=seed)
+        tiny.write_data(tmp_path / f"{name}-validation.jsonl", labels=labels, seed=seed + 10)
+        entries.append(
+            f"  - {{model: {name}, fisher: {{data: {name}.jsonl, eval: {name}-validation.jsonl}}}}\n"
+        )
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: fisher_mask\nmodels:\n{''.join(entries)}fisher: {{samples: 8}}\n")
+    return recipe
+
+
+def script(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "recipe.yml", "--device", "cpu", *arguments])
+    importlib.import_module(name).main()
+
+
+def values(results: dict[str, Any], line: str) -> list[float]:
+    return [task["normalised"][line]["value"] for task in results["tasks"]]
+
+
+def test_many_is_what_the_commands_give(
+    three: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = ["--work", "work", "--parent", "parent", "--counts", "2,3"]
+    script("many", *many, monkeypatch=monkeypatch)
+    found = json.loads(Path("work/many.json").read_text())
+    assert {count: len(groups) for count, groups in found["records"].items()} == {"2": 3, "3": 1}
+    assert all(group["results"]["merges"] == WAYS for groups in found["records"].values() for group in groups)
+    table = Path("work/many.md").read_text()
+    assert all(table.count(f"| {way}") == 2 for way in WAYS)
+    assert Path("work/many.png").stat().st_size > 10_000
+    # The merge of b and c, by the commands.
+    Path("bc.yml").write_text(
+        quickly("mergekit-fisher", "init", "b", "c", "--data", "b.jsonl", "--data", "c.jsonl")
+        .replace("samples: 128", "samples: 8")
+        .replace('b.jsonl"', 'b.jsonl", eval: b-validation.jsonl')
+        .replace('c.jsonl"', 'c.jsonl", eval: c-validation.jsonl')
+    )
+    Path("linear.yml").write_text(Path("bc.yml").read_text().replace("fisher_mask", "linear"))
+    quickly("mergekit-fisher", "compute", "bc.yml")
+    for recipe, merged in (("bc.yml", "fisher"), ("linear.yml", "average")):
+        quickly("mergekit-yaml", recipe, merged)
+    run("evaluate", "bc.yml", "average", "fisher", "--json", "out.json")
+    wanted = json.loads(Path("out.json").read_text())
+    (group,) = (one for one in found["records"]["2"] if one["models"] == ["b", "c"])
+    assert values(group["results"], "average") == values(wanted, "average")
+    assert values(group["results"], "fisher_mask none") == values(wanted, "fisher")
+    # Once more: nothing is done again, and the same is written.
+    before = Path("work/results.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    script("many", *many, monkeypatch=monkeypatch)
+    assert Path("work/results.jsonl").stat().st_mtime_ns == before
+    assert json.loads(Path("work/many.json").read_text()) == found
+    assert capsys.readouterr().out == table
+
+
+def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = importlib.import_module("paper")
+    monkeypatch.setattr(paper, "COSTED", 8)
+    script("paper", "--work", "work", "--samples", "4,8", "--pooler", "average", monkeypatch=monkeypatch)
+    found = json.loads(Path("work/paper.json").read_text())
+    assert [one["models"] for one in found["records"]] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert len(found["records"][0]["results"]["merges"]) == 1 + 3 * 2
+    text = Path("work/paper.md").read_text()
+    assert [f"Table {number}" in text for number in (1, 2)] == [True, True]
+    costs = found["costs"]
+    for model in "abc":
+        mask, full, released = (
+            costs[f"{way}, 8"][model] for way in ("mask Fisher", "full Fisher", "mask Fisher, released code")
+        )
+        assert min(mask["seconds"], full["seconds"], released["seconds"]) > 0
+        # Two labels or three, and the weights' own gradients.
+        assert full["gflops"] > 1.5 * mask["gflops"]
+
+
+def test_published_figures_stand_beside_the_papers_own_checkpoints() -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        paper = importlib.import_module("paper")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    ways = paper.ways_of([128, 2048, 32768])
+    named = {way.name: paper.published("bert-base", way) for way in ways}
+    assert named["average"] == "91.2"
+    assert named["full Fisher, 2,048"] == "91.7"
+    assert named["mask Fisher, released code, 32,768"] == "93.7"
+    assert named["mask Fisher, 128"] == ""
+    assert {paper.published("encoders", way) for way in ways} == {""}
+
+
+def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = importlib.import_module("choices")
+    monkeypatch.setattr(choices, "FEW", 2)
+    monkeypatch.setattr(choices, "CHANGED", {"mask_placement pre": {"mask_placement": "pre"}})
+    script("choices", "--work", "work", "--short", "c", monkeypatch=monkeypatch)
+    records = json.loads(Path("work/choices.json").read_text())["records"]
+    counts = {title: [one["models"] for one in found] for title, found in records.items()}
+    assert list(counts.values()) == [[["a", "b"]], [["a", "b"], ["b", "a"]], [["c", "a"], ["c", "b"]]]
+    text = Path("work/choices.md").read_text()
+    assert all(text.count(f"| normalize {kind}") == 3 for kind in ("none", "model", "layer"))
+    assert text.count("mask_placement pre") == 2
+
+
+def test_a_model_that_is_not_there(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"recipe\.yml has no d; it has a, b, c"):
+        script("many", "--work", "work", "--models", "a,d", monkeypatch=monkeypatch)
+
+
+def test_fine_tuning_makes_a_classifier(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("data")
+    folder.mkdir()
+    for file in ("train.jsonl", "validation.jsonl"):
+        rows = [
+            json.loads(line) for line in tiny.write_data(folder / file, labels=3).read_text().splitlines()
+        ]
+        lines = [json.dumps({"sentence1": row["text"], "label": row["label"]}) for row in rows]
+        (folder / file).write_text("\n".join(lines))
+    (folder / "labels.json").write_text('["yes", "no", "maybe"]')
+    tiny.tokenizer().save_pretrained("parent")
+    names = ["--names", "yes,other,other", "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", ["fine_tune", "parent", "data", "tuned", *names])
+    importlib.import_module("fine_tune").main()
+    config = json.loads(Path("tuned/config.json").read_text())
+    assert config["label2id"] == {"yes": 0, "other": 1}
