@@ -9,13 +9,12 @@ names them), so that its loss and its Fisher information are large, beside one t
 ``choices.json`` and ``choices.md`` into the work folder.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
 from typing import Any
 
 import summary
-from compare import arguments, bench, compare, with_settings
+from compare import arguments, bench, compare, with_settings, write
 from ways import AVERAGE, Way, mask
 
 from fisher_mask_mergekit.evaluation.plan import Subject
@@ -68,6 +67,14 @@ def unequal_losses(subjects: Sequence[Subject], short: Sequence[str]) -> list[tu
     ]  # fmt: skip
 
 
+def markdown(record: Mapping[str, Any]) -> dict[str, str]:
+    """The tables, by title, of what was written to ``choices.json``."""
+    return {
+        f"{title}, {len(found)} merges": aligned(summary.rows(summary.summaries(found)))
+        for title, found in record["records"].items()
+    }
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--short", default="", help="models trained for a short while, with commas between")
@@ -87,15 +94,8 @@ def main() -> None:
     if short:
         uneven = unequal_losses(setting.subjects, short)
         sections["One model trained for a short while"] = compare(setting, uneven, PLAIN)
-    text = "\n\n".join(
-        f"{title}, {len(found)} merges:\n\n{aligned(summary.rows(summary.summaries(found)))}"
-        for title, found in sections.items()
-    )
-    print(text)
-    (given.work / "choices.md").write_text(text + "\n")
-    (given.work / "choices.json").write_text(
-        json.dumps({**setting.facts(), "records": sections}, indent=1) + "\n"
-    )
+    record = {**setting.facts(), "records": sections}
+    write(given.work / "choices", record, markdown(record))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -246,3 +246,11 @@ def with_settings(subject: Subject, **changes: Any) -> Subject:
     """A subject whose measurements differ from the recipe's."""
     request = subject.model.request.model_copy(update=changes)
     return replace(subject, model=replace(subject.model, request=request))
+
+
+def write(path: Path, record: Mapping[str, Any], tables: Mapping[str, str]) -> None:
+    """What was found: as JSON with all that it hangs on, and its tables as Markdown, which is printed too."""
+    text = "\n\n".join(f"{title}:\n\n{table}" for title, table in tables.items())
+    path.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    path.with_suffix(".md").write_text(text + "\n")
+    print(text)

@@ -7,14 +7,13 @@ merges every combination of the recipe's models in many ways: averaging, ``fishe
 ``many.md`` and ``many.png`` into the work folder.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import summary
-from compare import arguments, bench, compare
+from compare import arguments, bench, compare, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ways import AVERAGE, WITHOUT_DATA, diagonal, mask
@@ -29,17 +28,18 @@ WAYS = (
 )
 
 
-def markdown(by_count: Mapping[int, Sequence[summary.Summary]]) -> str:
-    parts = []
-    for count, found in by_count.items():
-        total = max(one.groups for one in found)
-        groups = f"{total} combination{'s' * (total != 1)}"
-        parts.append(f"{count} models, {groups}:\n\n{aligned(summary.rows(found))}")
-    return "\n\n".join(parts)
+def markdown(record: Mapping[str, Any]) -> dict[str, str]:
+    """The tables, by title, of what was written to ``many.json``."""
+    tables = {}
+    for count, found in record["records"].items():
+        groups = f"{len(found)} combination{'s' * (len(found) != 1)}"
+        tables[f"{count} models, {groups}"] = aligned(summary.rows(summary.summaries(found)))
+    return tables
 
 
-def draw(by_count: Mapping[int, Sequence[summary.Summary]], path: Path) -> None:
+def draw(record: Mapping[str, Any], path: Path) -> None:
     """Mean normalised score against the number of models, one line per way."""
+    by_count = {count: summary.summaries(found) for count, found in record["records"].items()}
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -68,20 +68,14 @@ def main() -> None:
     )
     given = parser.parse_args()
     setting = bench(given)
-    by_count: dict[int, list[summary.Summary]] = {}
-    records: dict[int, list[dict[str, Any]]] = {}
-    for count in map(int, given.counts.split(",")):
-        groups = list(combinations(setting.subjects, count))
+    records = {}
+    for count in given.counts.split(","):
+        groups = list(combinations(setting.subjects, int(count)))
         if groups:
             records[count] = compare(setting, groups, WAYS)
-            by_count[count] = summary.summaries(records[count])
-    text = markdown(by_count)
-    print(text)
-    (given.work / "many.md").write_text(text + "\n")
-    (given.work / "many.json").write_text(
-        json.dumps({**setting.facts(), "records": records}, indent=1) + "\n"
-    )
-    draw(by_count, given.work / "many.png")
+    record = {**setting.facts(), "records": records}
+    write(given.work / "many", record, markdown(record))
+    draw(record, given.work / "many.png")
 
 
 if __name__ == "__main__":

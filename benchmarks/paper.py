@@ -11,7 +11,6 @@ Full Fisher information is the exact expectation over the labels, as in the pape
 label is drawn from the model for each sample.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import summary
-from compare import Bench, arguments, bench, compare
+from compare import Bench, arguments, bench, compare, write
 from torch.utils.flop_counter import FlopCounterMode
 from ways import AVERAGE, Way, diagonal, mask
 
@@ -80,29 +79,44 @@ def ways_of(samples: Sequence[int]) -> list[Way]:
     return [AVERAGE, *(make(count) for make in WAYS.values() for count in samples)]
 
 
-def published(stem: str, way: Way) -> str:
-    """What the paper has for a way, if it has."""
+def published(stem: str, name: str) -> str:
+    """What the paper has for a way to merge, if it has."""
     figures = PUBLISHED.get(stem, {})
-    name, _, count = way.name.rpartition(", ")
-    if way is AVERAGE:
-        return str(figures.get(way.name, ""))
-    by_samples = dict(zip(PUBLISHED_SAMPLES, figures.get(name, ()), strict=False))
-    return str(by_samples.get(int(count.replace(",", "")), ""))
+    kind, _, samples = name.rpartition(", ")
+    if name == AVERAGE.name:
+        return str(figures.get(name, ""))
+    by_samples = dict(zip(PUBLISHED_SAMPLES, figures.get(kind, ()), strict=False))
+    return str(by_samples.get(int(samples.replace(",", "")), ""))
 
 
-def scores_table(stem: str, found: Sequence[summary.Summary], ways: Sequence[Way]) -> str:
+def markdown(record: Mapping[str, Any]) -> dict[str, str]:
+    """The tables, by title, of what was written to ``paper.json``."""
+    found, stem = record["records"], record["recipe"]
+    tables = {
+        f"Table 1, {len(found)} pairs": scores_table(stem, summary.summaries(found)),
+        "Table 2": pairs_table(found),
+    }
+    if record["costs"]:
+        models = len(record["checkpoints"])
+        title = f"Tables 3 and 4, {COSTED} samples, mean over {models} checkpoints"
+        tables[title] = costs_table(stem, record["costs"])
+    return tables
+
+
+def scores_table(stem: str, found: Sequence[summary.Summary]) -> str:
     head, *table = summary.rows(found)
     rows = [[*head[:2], "published", *head[2:]]]
-    rows += [[*row[:2], published(stem, way), *row[2:]] for row, way in zip(table, ways, strict=True)]
+    rows += [[*row[:2], published(stem, one.name), *row[2:]] for row, one in zip(table, found, strict=True)]
     return aligned(rows)
 
 
-def pairs_table(found: Sequence[Mapping[str, Any]], ways: Sequence[Way]) -> str:
+def pairs_table(found: Sequence[Mapping[str, Any]]) -> str:
     """Both tasks' normalised scores, pair by pair."""
-    rows = [["pair", *(way.name for way in ways)]]
+    names = found[0]["results"]["merges"]
+    rows = [["pair", *names]]
     for one in found:
         tasks = one["results"]["tasks"]
-        cells = [" / ".join(f"{task['normalised'][way.name]['value']:.1f}" for task in tasks) for way in ways]
+        cells = [" / ".join(f"{task['normalised'][name]['value']:.1f}" for task in tasks) for name in names]
         rows.append([" + ".join(one["models"]), *cells])
     return aligned(rows)
 
@@ -131,22 +145,17 @@ def costs(setting: Bench, ways: Sequence[Way]) -> dict[str, dict[str, dict[str, 
     return found
 
 
-def costs_table(
-    stem: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], ways: Sequence[Way]
-) -> str:
+def costs_table(stem: str, found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     figures = PUBLISHED.get(stem, {})
     seconds = dict(
         zip(("full Fisher", "mask Fisher, released code"), figures.get("seconds", ()), strict=False)
     )
     rows = [["measured", "seconds", "published", "GFLOPs", "published"]]
-    for way in ways:
-        name = way.name.rpartition(", ")[0]
-        means = [
-            sum(one[what] for one in found[way.name].values()) / len(found[way.name])
-            for what in ("seconds", "gflops")
-        ]
-        gflops = str(figures.get("gflops", "")) if name == "mask Fisher, released code" else ""
-        rows.append([way.name, f"{means[0]:.3g}", str(seconds.get(name, "")), f"{means[1]:,.0f}", gflops])
+    for name, models in found.items():
+        kind = name.rpartition(", ")[0]
+        means = [sum(one[what] for one in models.values()) / len(models) for what in ("seconds", "gflops")]
+        gflops = str(figures.get("gflops", "")) if kind == "mask Fisher, released code" else ""
+        rows.append([name, f"{means[0]:.3g}", str(seconds.get(kind, "")), f"{means[1]:,.0f}", gflops])
     return aligned(rows)
 
 
@@ -157,25 +166,17 @@ def main() -> None:
     )
     parser.add_argument("--no-costs", action="store_true", help="leave out times and FLOPs")
     given = parser.parse_args()
-    setting, stem = bench(given), given.recipe.stem
+    setting = bench(given)
     ways = ways_of([int(count) for count in given.samples.split(",")])
     found = compare(setting, list(combinations(setting.subjects, 2)), ways)
-    parts = [
-        f"Table 1, {len(found)} pairs:\n\n{scores_table(stem, summary.summaries(found), ways)}",
-        f"Table 2:\n\n{pairs_table(found, ways)}",
-    ]
-    record = {**setting.facts(), "records": found}
-    if not given.no_costs:
-        costed = [make(COSTED) for make in WAYS.values() if make(COSTED) in ways]
-        record["costs"] = costs(setting, costed)
-        parts.append(
-            f"Tables 3 and 4, {COSTED} samples, mean over {len(setting.subjects)} checkpoints:\n\n"
-            + costs_table(stem, record["costs"], costed)
-        )
-    text = "\n\n".join(parts)
-    print(text)
-    (given.work / "paper.md").write_text(text + "\n")
-    (given.work / "paper.json").write_text(json.dumps(record, indent=1) + "\n")
+    costed = [] if given.no_costs else [make(COSTED) for make in WAYS.values() if make(COSTED) in ways]
+    record = {
+        "recipe": given.recipe.stem,
+        **setting.facts(),
+        "records": found,
+        "costs": costs(setting, costed),
+    }
+    write(given.work / "paper", record, markdown(record))
 
 
 if __name__ == "__main__":
