@@ -44,12 +44,12 @@ def test_it_is_what_mergekit_writes(drafted: Path, method: str, dtype: str) -> N
 
 def test_what_mergekit_refuses_is_one_error(drafted: Path) -> None:
     document = yaml.safe_load(drafted.read_text())
-    with pytest.raises(RecipeError, match="trial: mergekit cannot merge it: .*no_such_method"):
+    with pytest.raises(RecipeError, match=r"trial: mergekit cannot merge it: .*no_such_method"):
         merge_in_memory(document | {"merge_method": "no_such_method"}, "trial")
 
 
 def test_what_the_method_refuses_is_its_own_error(drafted: Path) -> None:
     document = yaml.safe_load(drafted.read_text())
     (drafted.parent / "two" / "fisher" / "mask_fisher.safetensors").unlink()
-    with pytest.raises(FisherMaskError, match="there is no sidecar for .*two"):
+    with pytest.raises(FisherMaskError, match=r"there is no sidecar for .*two"):
         merge_in_memory(document, "trial")
