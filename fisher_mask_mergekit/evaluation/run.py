@@ -168,7 +168,7 @@ def checkpoint_parts(checkpoint: Checkpoint, state: Mapping[str, Tensor] | None 
     return {
         "versions": {name: version(name) for name in ("fisher-mask-mergekit", "torch", "transformers")},
         "weights": content_digest(tensors),
-        "files": {file.name: _file_digest(file) for file in sorted(files)},
+        "files": {file.name: file_digest(file) for file in sorted(files)},
     }
 
 
@@ -181,6 +181,7 @@ def content_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
