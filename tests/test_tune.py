@@ -128,11 +128,12 @@ def test_the_written_recipe_gives_the_best_trials_merge(drafted: Path, method: s
     best = max(found["trials"], key=lambda trial: trial["value"])
     assert best["number"] > 0
     assert best["value"] > found["trials"][0]["value"]
-    assert {trial["normalize"] for trial in found["trials"]} <= {
+    choices: dict[str, set[str | None]] = {
         "fisher_mask": {"none", "model", "layer"},
         "fisher_diagonal": {"none", "model"},
         "linear": {None},
-    }[method]
+    }
+    assert {trial["normalize"] for trial in found["trials"]} <= choices[method]
     text = out.read_text()
     head, *rest = text.splitlines()
     assert head.startswith(
@@ -233,7 +234,7 @@ def test_a_killed_run_loses_nothing(drafted: Path) -> None:
     whole = tuned(drafted, 12, out="whole.yml")
     out = drafted.parent / "tuned.yml"
     study = out.with_suffix(".trials.json")
-    command = [SCRIPTS / "mergekit-fisher", "tune", drafted, out, "--trials", "1000"]
+    command: list[str | Path] = [SCRIPTS / "mergekit-fisher", "tune", drafted, out, "--trials", "1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
         while not study.exists() or len(study_of(out)["trials"]) < 4:
@@ -256,9 +257,14 @@ def test_a_finished_run_answers_at_once_and_a_longer_one_goes_on(
 ) -> None:
     out = drafted.parent / "tuned.yml"
     first = run("tune", drafted, out, "--trials", "4").stdout
-    made = []
+    made: list[int] = []
     plain = tuning.run_trial
-    monkeypatch.setattr(tuning, "run_trial", lambda *given: made.append(given[2]) or plain(*given))
+
+    def counted(*given: Any) -> Any:
+        made.append(given[2])
+        return plain(*given)
+
+    monkeypatch.setattr(tuning, "run_trial", counted)
     monkeypatch.setattr(tuning, "own_scores", None)
     written = out.read_text()
     assert run("tune", drafted, out, "--trials", "4").stdout == first
