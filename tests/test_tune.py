@@ -423,6 +423,11 @@ def test_recipes_that_cannot_be_tuned(drafted: Path) -> None:
     )
     drafted.write_text(shared)
     assert "write its models out, without anchors (&) and aliases (*)" in refused(drafted)
+    common = text.replace(weight, "parameters: *common", 2).replace(
+        "slices:", "parameters: &common {weight: 1.0}\nslices:"
+    )
+    drafted.write_text(common)
+    assert "without anchors (&) and aliases (*)" in refused(drafted)
     drafted.write_text("merge_method: [")
     assert "is not YAML" in refused(drafted)
     assert not (work / "tuned.yml").exists()

@@ -70,8 +70,9 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
         raise RecipeError(f"{out} exists, and no study beside it; remove it, or choose another OUT")
     own = read_coefficients(recipe)
     text = recipe.path.read_text(encoding="utf-8")
-    apart = own.at({name: place + 1.0 for place, name in enumerate(own.octaves)}, own.normalize)
-    written(recipe, text, apart, [])  # That the best can be written is not found out last.
+    # That the best can be written is not found out last: all lambdas apart, and a normalize that must be said.
+    apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
+    written(recipe, text, own.at(apart, (normalizations(recipe.method) or (None,))[-1]), [])
     subjects = held_back(recipe, samples, options)
     refuse_tokenizer(recipe, subjects)
     study = read_study(study_path, _key(recipe, subjects, samples, options, device))
