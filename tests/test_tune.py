@@ -24,9 +24,9 @@ from fisher_mask_mergekit.evaluation.plan import Options
 from fisher_mask_mergekit.in_memory import merge_in_memory
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.tuning import tune as tuning
-from fisher_mask_mergekit.tuning.coefficients import read_coefficients
+from fisher_mask_mergekit.tuning.coefficients import OCTAVES, Coefficients, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back
-from fisher_mask_mergekit.tuning.study import Study
+from fisher_mask_mergekit.tuning.study import Study, Trial, suggest
 from fisher_mask_mergekit.tuning.written import with_coefficients
 from tests import tiny
 from tests.test_cli import run
@@ -205,6 +205,43 @@ def test_a_planted_optimum_is_found(tmp_path: Path) -> None:
     assert best["weights"][str(tmp_path / "bad")] == bad
     # The less of what is spoilt the better, so the best is about the least that was tried.
     assert bad <= sorted(trial["weights"][str(tmp_path / "bad")] for trial in found["trials"])[2]
+
+
+def test_the_search_learns_from_its_trials() -> None:
+    """A smooth peak over two lambdas and a choice: late trials are near it, which 1 in 48 is by chance."""
+    own, choices = (
+        Coefficients({"a": 2.0, "b": 2.0, "out": 0.0, "c": 3.0}, "none"),
+        ("none", "model", "layer"),
+    )
+    trials: list[Trial] = []
+
+    def distance(one: Coefficients) -> float:
+        return max(abs(one.octaves["b"] - 2.5), abs(one.octaves["c"] + 1.5))
+
+    for number in range(45):
+        tried = suggest(own, choices, trials, seed=0)
+        assert tried.weights["a"] == 2.0
+        assert tried.weights["out"] == 0.0
+        assert max(map(abs, tried.octaves.values())) <= OCTAVES + 1e-3
+        value = (tried.normalize == "layer") - distance(tried) ** 2
+        # One whose score is not defined teaches nothing, and is no error.
+        trials.append(Trial(number=number, weights=dict(tried.weights), normalize=tried.normalize, scores={}, value=value if number % 7 else None))  # fmt: skip
+    late = [one.coefficients for one in trials[30:]]
+    assert sum(one.normalize == "layer" and distance(one) < 1 for one in late) >= 6
+    assert len({tuple(one.weights.values()) for one in trials[4:]}) == 41
+    assert trials[0].coefficients == own
+    assert [one.normalize for one in trials[1:4]] == list(choices)
+    assert all(set(one.weights.values()) == {2.0, 0.0} for one in trials[1:4])
+
+
+def test_a_lambda_beyond_the_range_widens_it() -> None:
+    own = Coefficients({"a": 1.0, "b": 100.0}, None)
+    trials: list[Trial] = []
+    for number in range(30):
+        tried = suggest(own, (), trials, seed=0)
+        trials.append(Trial(number=number, weights=dict(tried.weights), normalize=None, scores={}, value=tried.weights["b"]))  # fmt: skip
+    assert max(one.weights["b"] for one in trials[2:]) > 16
+    assert max(one.weights["b"] for one in trials) == 100
 
 
 def test_ties_go_to_the_recipe_as_it_is(drafted: Path) -> None:
