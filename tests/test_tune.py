@@ -1,9 +1,7 @@
 """`mergekit-fisher tune` on tiny models: the objective against loops by hand, the search, what it writes and refuses."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -273,12 +271,14 @@ def test_a_killed_run_loses_nothing(drafted: Path) -> None:
     study = out.with_suffix(".trials.json")
     command: list[str | Path] = [SCRIPTS / "mergekit-fisher", "tune", drafted, out, "--trials", "1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
-        while not study.exists() or len(study_of(out)["trials"]) < 4:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        try:
+            deadline = time.monotonic() + 120
+            while not study.exists() or len(study_of(out)["trials"]) < 4:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.kill()  # SIGKILL.
     kept = study_of(out)["trials"]
     assert len(kept) >= 4
     assert not out.exists()
