@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,13 @@ class Samples:
     record: DataRecord
 
 
-def load_samples(settings: FisherSettings, task: Task) -> Samples:
+def load_samples(settings: FisherSettings, task: Task, *, skip: int = 0) -> Samples:
     """Draw the samples that a request asks for.
 
     Args:
         settings: The request; ``data`` must be given.
         task: What is read of a row.
+        skip: How many of the same draw to leave out, from its first.
 
     Raises:
         DataError: If the data cannot be read, has no usable columns or rows, or labels that the checkpoint
@@ -105,11 +107,13 @@ def load_samples(settings: FisherSettings, task: Task) -> Samples:
     table = _load(spec)
     if len(table) == 0:
         raise DataError(f"data '{settings.data}' has no rows")
-    order = numpy.random.default_rng(settings.seed).permutation(len(table))[: settings.samples]
+    if len(table) <= skip:
+        raise DataError(f"data '{settings.data}' has {len(table)} rows; after the first {skip}, none is left")
+    order = numpy.random.default_rng(settings.seed).permutation(len(table))[skip:][: settings.samples]
     drawn = task.read(table.select(order), settings)
     digest = hashlib.sha256()
-    for text, label in zip(drawn.texts, drawn.labels, strict=True):
-        digest.update(json.dumps([*text, label]).encode() + b"\n")
+    for line in row_lines(drawn.texts, drawn.labels):
+        digest.update(line)
     record = DataRecord(
         split=spec.split,
         revision=None if spec.is_local else _loaded_revision(table, spec),
@@ -121,6 +125,11 @@ def load_samples(settings: FisherSettings, task: Task) -> Samples:
         majority=drawn.majority,
     )
     return Samples(drawn.texts, drawn.labels, record)
+
+
+def row_lines(texts: Iterable[tuple[Any, ...]], labels: Iterable[Any]) -> Iterator[bytes]:
+    """What tells one row from another: what the task read of it."""
+    return (json.dumps([*text, label]).encode() + b"\n" for text, label in zip(texts, labels, strict=True))
 
 
 def _load(spec: DataSpec) -> datasets.Dataset:

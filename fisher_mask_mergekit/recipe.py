@@ -121,7 +121,7 @@ def _model(
     settings, evaluation = _settings(
         {**defaults, **(given[0] if given else {}), **overrides}, f"{path}: fisher of {name}"
     )
-    counted = [e for e in entries if not _is_empty(e)] or entries
+    counted = [e for e in entries if not is_empty(e)] or entries
     weights = [w for e in counted if (w := e["parameters"].get("weight")) is not None]
     plain = [float(weight) for weight in weights if isinstance(weight, int | float)]
     weight: float | Literal["varies"] | None = plain[0] if plain else None
@@ -144,24 +144,36 @@ def _model(
     )
 
 
-def _is_empty(entry: Mapping[str, Any]) -> bool:
+def is_empty(entry: Mapping[str, Any]) -> bool:
     """Whether it is a source of no layers, which only says where what surrounds the layers comes from."""
     layers = entry.get("layer_range")
     return isinstance(layers, list) and len(layers) == 2 and layers[0] == layers[1]
 
 
-def _entries(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-    """Every place of a recipe that names an input model, in order, with the parameters that hold there."""
+def places(document: dict[str, Any], path: Path) -> Iterator[tuple[dict[str, Any], ...]]:
+    """Every place of a recipe that names an input model, in order, after all that it lies in.
+
+    Each is the document, the module (or the document again), the slice (or the module again), and the entry itself:
+    parameters of a later one beat those of an earlier one.
+
+    Raises:
+        RecipeError: If one of them is not what a recipe has there.
+    """
     for section in (document, *_mapping(document.get("modules"), "modules", path).values()):
         section = _mapping(section, "a module", path)
         slices = [_mapping(part, "a slice", path) for part in _list(section.get("slices"), "slices", path)]
         for part, key in ((section, "models"), *((part, "sources") for part in slices)):
             for entry in _list(part.get(key), key, path):
-                entry = _mapping(entry, f"an entry of {key}", path)
-                parameters: dict[str, Any] = {}
-                for level in (document, section, part, entry):
-                    parameters |= _mapping(level.get("parameters"), "parameters", path)
-                yield entry | {"parameters": parameters}
+                yield document, section, part, _mapping(entry, f"an entry of {key}", path)
+
+
+def _entries(document: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+    """The entries, each with the parameters that hold there."""
+    for levels in places(document, path):
+        parameters: dict[str, Any] = {}
+        for level in levels:
+            parameters |= _mapping(level.get("parameters"), "parameters", path)
+        yield levels[-1] | {"parameters": parameters}
 
 
 def _model_name(entry: Mapping[str, Any], path: Path) -> str:

@@ -9,6 +9,7 @@ from fisher_mask_mergekit.cli.after import demo, heads
 from fisher_mask_mergekit.cli.before import check, init, inspect, sites
 from fisher_mask_mergekit.cli.compute import compute
 from fisher_mask_mergekit.cli.evaluate import evaluate
+from fisher_mask_mergekit.cli.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +35,7 @@ def _options(
     pass
 
 
-for command in (compute, init, sites, inspect, check, heads, evaluate, demo):
+for command in (compute, init, sites, inspect, check, heads, evaluate, tune, demo):
     app.command()(command)
 
 

@@ -1,10 +1,11 @@
 """After a merge, and the demo: ``mergekit-fisher heads``, ``demo``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from fisher_mask_mergekit.cli.options import Pooler
 from fisher_mask_mergekit.cli.output import errors
 
 
@@ -12,9 +13,7 @@ def heads(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="What was merged.")],
     merged: Annotated[str, typer.Argument(metavar="MERGED", help="The merged folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Gets a folder per model of the recipe.")],
-    pooler: Annotated[
-        Literal["own", "average"], typer.Option(help="Each task's own pooler, or the mean of all.")
-    ] = "own",
+    pooler: Pooler = "own",
 ) -> None:
     """Write a complete checkpoint per task: the merged encoder with the task's own head."""
     with errors():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
 from fisher_mask_mergekit.cli.output import errors, progress, say, silence_progress_bars
 from fisher_mask_mergekit.errors import RecipeError
 
@@ -85,9 +86,7 @@ def compute(
         Literal["float32", "bfloat16", "float64"] | None,
         typer.Option(help="Dtype of the weights. [default: float32]"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to run. [default: cuda, else xpu, mps, cpu]")
-    ] = None,
+    device: Device = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -97,10 +96,7 @@ def compute(
     force: Annotated[
         bool, typer.Option("--force", help="Measure again even if the same was measured before.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint. No recipe can."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure the checkpoints of a recipe, or one checkpoint, and write their sidecars."""
     given: dict[str, Any] = {

@@ -1,10 +1,19 @@
 """``mergekit-fisher evaluate``."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
+from fisher_mask_mergekit.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Metric,
+    Pooler,
+    TrustRemoteCode,
+    scoring_overrides,
+)
 from fisher_mask_mergekit.cli.output import errors, progress, say, silence_progress_bars
 
 
@@ -15,23 +24,11 @@ def evaluate(
         int | None, typer.Option(min=1, help="Rows to draw from each data set. [default: all]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of that draw and of the intervals.")] = 0,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="Metric, or several with commas between, the first normalised. [default: the task's own]"
-        ),
-    ] = None,
-    pooler: Annotated[
-        Literal["own", "average"], typer.Option(help="Each task's own pooler, or the mean of all.")
-    ] = "own",
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float64"] | None,
-        typer.Option(help="Dtype of the weights. [default: the recipe's, else float32]"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where to run. [default: cuda, else xpu, mps, cpu]")
-    ] = None,
+    metric: Metric = None,
+    pooler: Pooler = "own",
+    batch_size: BatchSize = 32,
+    dtype: Dtype = None,
+    device: Device = None,
     lm_eval: Annotated[
         str | None,
         typer.Option(
@@ -47,17 +44,9 @@ def evaluate(
     force: Annotated[
         bool, typer.Option("--force", help="Run every model again, also where its predictions are cached.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint. No recipe can."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Score a merge on each task of the recipe, beside the model fine-tuned on it."""
-    overrides: dict[str, Any] = {}
-    if metric is not None:
-        overrides["metric"] = tuple(name.strip() for name in metric.split(","))
-    if dtype is not None:
-        overrides["dtype"] = dtype
     with errors():
         from fisher_mask_mergekit.evaluation.plan import Options
         from fisher_mask_mergekit.evaluation.report import check_writable, write_reports
@@ -65,7 +54,7 @@ def evaluate(
         from fisher_mask_mergekit.recipe import read_recipe
 
         check_writable(json_file, markdown_file)
-        read = read_recipe(recipe, overrides)
+        read = read_recipe(recipe, scoring_overrides(metric, dtype))
         options = Options(samples, seed, batch_size, pooler, trust_remote_code)
         silence_progress_bars()
         where = pick_device(device)

@@ -77,6 +77,30 @@ def progress(name: str) -> Iterator[tuple[Any, Any]]:
         yield on_start, on_batch
 
 
+@contextmanager
+def trial_progress(total: int) -> Iterator[Any]:
+    """A bar on standard error with trials, the best score so far and remaining time."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("trials, best {task.fields[best]},"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("", total=total, best="none yet")
+
+        def on_trial(study: Any) -> None:
+            best = study.best.value if study.trials else None
+            bar.update(task, completed=len(study.trials), best="none yet" if best is None else f"{best:.1f}")
+
+        yield on_trial
+
+
 def silence_loading() -> None:
     """What the libraries say while they read a checkpoint."""
     import huggingface_hub.utils

@@ -212,27 +212,40 @@ def evaluation_data(settings: FisherSettings, given: str | None) -> str:
 def _subject(name: str, model: RecipeModel, options: Options) -> Subject:
     data = evaluation_data(model.request, model.evaluation.eval)
     settings = model.request.model_copy(
-        update={
-            "data": data,
-            "samples": options.samples or maxsize,
-            "seed": options.seed,
-            "labels": "data",
-            "estimator": "sample",
-        }
+        update={"data": data, "samples": options.samples or maxsize, "seed": options.seed}
     )
+    try:
+        return subject_of(name, model, settings, options)
+    except DataError as error:
+        if model.evaluation.eval is None and "split" in str(error):
+            remedy = "  fisher: {eval: PATH:CONFIG:SPLIT}"
+            raise DataError(f"{error}; say what to evaluate on:{remedy}") from error
+        raise
+
+
+def subject_of(
+    name: str, model: RecipeModel, settings: FisherSettings, options: Options, *, skip: int = 0
+) -> Subject:
+    """A model of a recipe with the samples to score it on.
+
+    Args:
+        name: Short.
+        model: The recipe's entry.
+        settings: Which samples, and how they are read.
+        options: How to evaluate.
+        skip: How many samples of the draw to leave out, from its first.
+
+    Raises:
+        FisherMaskError: On bad input.
+    """
+    settings = settings.model_copy(update={"labels": "data", "estimator": "sample"})
     checkpoint = locate(model.name)
     config = load_config(checkpoint, trust_remote_code=options.trust_remote_code)
     task = task_of(config, model.name, settings)
     metrics = metrics_of(task, model.evaluation.metric, model.name)
     if isinstance(task, QuestionAnswering):
         task = AnswerTexts(task.loss)
-    try:
-        samples = load_samples(settings, task)
-    except DataError as error:
-        if model.evaluation.eval is None and "split" in str(error):
-            remedy = "  fisher: {eval: PATH:CONFIG:SPLIT}"
-            raise DataError(f"{error}; say what to evaluate on:{remedy}") from error
-        raise
+    samples = load_samples(settings, task, skip=skip)
     return Subject(name, model, checkpoint, config, task, metrics, settings, samples)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fisher_mask_mergekit.batches import encode_samples, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import TOKENIZER_FILES, Checkpoint, read_tensors, tensor_shapes
 from fisher_mask_mergekit.errors import CheckpointError
-from fisher_mask_mergekit.evaluation.plan import Contender, Plan, Subject
+from fisher_mask_mergekit.evaluation.plan import Contender, Options, Plan, Subject
 from fisher_mask_mergekit.evaluation.predictions import (
     Predictions,
     load_predictions,
@@ -69,7 +69,9 @@ def evaluate(plan: Plan, device: torch.device, progress: Progress, *, force: boo
             if predictions is None:
                 runs += 1
                 with progress(f"{subject.name}, {contender.line}") as (on_start, on_batch):
-                    predictions = _run(subject, contender, state, plan, device, on_start, on_batch)
+                    predictions = run_contender(
+                        subject, contender, state, plan.options, device, on_start=on_start, on_batch=on_batch
+                    )
                 try:
                     save_predictions(predictions, path)
                 except OSError as error:
@@ -83,17 +85,32 @@ def evaluate(plan: Plan, device: torch.device, progress: Progress, *, force: boo
     return Evaluation(Results(tasks, plan.merges), runs, tuple(dict.fromkeys(notes)))
 
 
-def _run(
+def run_contender(
     subject: Subject,
     contender: Contender,
     state: dict[str, Tensor] | None,
-    plan: Plan,
+    options: Options,
     device: torch.device,
-    on_start: Callable[[int], None],
-    on_batch: Callable[[Any], None],
+    *,
+    on_start: Callable[[int], None] = lambda samples: None,
+    on_batch: Callable[[Any], None] = lambda batch: None,
 ) -> Predictions:
+    """Run one model on a subject's samples, whether or not that was done before.
+
+    Args:
+        subject: Whose samples.
+        contender: The model.
+        state: Its weights, where they are not its checkpoint's.
+        options: How.
+        device: Where.
+        on_start: Called with the number of samples before the first batch.
+        on_batch: Called after every batch.
+
+    Raises:
+        FisherMaskError: If it cannot be loaded or run.
+    """
     checkpoint, task, settings = contender.checkpoint, subject.task, subject.settings
-    tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=plan.options.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=options.trust_remote_code)
     dtype = getattr(torch, settings.dtype)
     model: Any = load_model(checkpoint, contender.kind, contender.config, tokenizer, dtype, state)
     how = Tokenization(tokenizer, longest(model, tokenizer, settings), settings.seed)
@@ -101,7 +118,7 @@ def _run(
         encoded = encode_samples(subject.samples, task, how)
     except CheckpointError as error:  # A task does not know what the checkpoint is called.
         raise CheckpointError(f"{checkpoint.name}: {error}") from error
-    size = 1 if lacks_for_padding(tokenizer) else plan.options.batch_size
+    size = 1 if lacks_for_padding(tokenizer) else options.batch_size
     on_start(len(encoded.samples))
     samples = list(zip(subject.samples.texts, subject.samples.labels, strict=True))
     with model_errors(checkpoint.name, contender.kind, size):
@@ -151,7 +168,7 @@ def checkpoint_parts(checkpoint: Checkpoint, state: Mapping[str, Tensor] | None 
     return {
         "versions": {name: version(name) for name in ("fisher-mask-mergekit", "torch", "transformers")},
         "weights": content_digest(tensors),
-        "files": {file.name: _file_digest(file) for file in sorted(files)},
+        "files": {file.name: file_digest(file) for file in sorted(files)},
     }
 
 
@@ -164,6 +181,7 @@ def content_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

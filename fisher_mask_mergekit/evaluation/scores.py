@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy
@@ -42,13 +43,15 @@ class TaskScores:
 
         Not a number where a score is not above zero.
         """
-
-        def ratio(own: Array, merged: Array) -> Array:
-            above, below = (merged, own) if self.metrics[0].higher_is_better else (own, merged)
-            with numpy.errstate(divide="ignore", invalid="ignore"):
-                return numpy.where(below > 0, 100 * above / below, numpy.nan)
-
+        ratio = partial(normalise, higher_is_better=self.metrics[0].higher_is_better)
         return Resampled.of(ratio, self.first(OWN), self.first(line))
+
+
+def normalise(own: Array, merged: Array, *, higher_is_better: bool) -> Array:
+    """Merged over own score, times 100; own over merged where less is better; not a number below zero."""
+    above, below = (merged, own) if higher_is_better else (own, merged)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        return numpy.where(below > 0, 100 * above / below, numpy.nan)
 
 
 def score_task(

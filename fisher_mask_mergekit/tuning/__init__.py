@@ -1,0 +1,1 @@
+"""Search of a recipe's coefficients on held-back training rows."""
