@@ -215,6 +215,19 @@ def test_every_kind_of_model_has_a_page(family: str, tmp_path: Path) -> None:
         assert any("key-value heads" in caption for caption in tables)
 
 
+@pytest.mark.parametrize("value", [5e-324, 1e-45, 1e300])
+def test_the_smallest_and_the_largest_numbers_are_drawn(value: float) -> None:
+    made = sidecar_for(tiny.classifier("bert"))
+    fisher = {
+        output: {
+            node: torch.full_like(vector, value, dtype=torch.float64) for node, vector in vectors.items()
+        }
+        for output, vectors in made.fisher.items()
+    }
+    page = is_sound(sidecars_page([Sidecar(made.metadata, fisher, made.values)]))
+    assert repr(value) in [attributes["value"] for attributes, _ in page.all("data")]
+
+
 def test_all_zero_is_drawn_too() -> None:
     made = sidecar_for(tiny.classifier("bert"))
     for vectors in made.fisher.values():

@@ -86,8 +86,8 @@ def evaluate(
             found = run(plan(read, merged, options), where, progress, force=force)
         for note in found.notes:
             say(note)
+        print(write_reports(found.results, json_file, markdown_file))
         if html_file is not None:
             from fisher_mask_mergekit.pages.evaluate_page import evaluation_page
 
             write_result(html_file, evaluation_page(read, found.results).encode())
-        print(write_reports(found.results, json_file, markdown_file))

@@ -24,19 +24,15 @@ WIDTH = 4.4
 """Of a page's pictures in inches: on a phone they are shrunk a little only, so their text can be read."""
 INK = "#010203"
 """Stands for the page's own text colour, whichever that is."""
+_EXTREMES = 1e-280, 1e280  # Beyond, matplotlib takes a scale for one of zeros, or overflows.
 MISSING = "0.7"
 """A grey that is told from both backgrounds: zero has no place on a logarithmic scale."""
 
 _REFERENCE = re.compile(r"(^#|url\(#)([\w.-]+)")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# Names may hold dollars, which are no formulas here. The salt keeps ids, and so files, the same every time.
-_STYLE = {
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fisher",
-    "font.family": "DejaVu Sans",
-}
-_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "hatch.color")
+# Names may hold dollars, which are no formulas here.
+_STYLE = {"text.parse_math": False, "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _CLEAR = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
 
 
@@ -90,7 +86,7 @@ def plain_power(x: float) -> str:
 def log_limits(vectors: Iterable[numpy.ndarray]) -> Limits:
     """The ends of a logarithmic scale over all positive values, at least a factor of 2 either side of one."""
     positive = numpy.concatenate([*vectors, numpy.zeros(0)])
-    positive = positive[positive > 0]
+    positive = positive[positive > 0].clip(*_EXTREMES)
     if len(positive) == 0:
         return 0.5, 2.0
     low, high = float(positive.min()), float(positive.max())

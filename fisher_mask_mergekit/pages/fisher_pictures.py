@@ -141,7 +141,7 @@ def _draw_heads(axis: Any, layers: Mapping[str, numpy.ndarray], limits: Limits) 
         interpolation="none",
     )
     axis.set_xticks(ticks(count))
-    _name_layers(axis.set_yticks, list(layers))
+    _name_layers(axis.yaxis, list(layers))
     return image
 
 
@@ -170,15 +170,12 @@ def _draw_neurons(axis: Any, layers: Sequence[Quantiles]) -> None:
     axis.grid(axis="y", color=ink, alpha=0.15)
     axis.set_axisbelow(True)
     axis.set_xlabel("layer")
-    _name_layers(axis.set_xticks, [layer.layer for layer in layers])
+    _name_layers(axis.xaxis, [layer.layer for layer in layers])
 
 
-def _name_layers(set_ticks: Any, layers: Sequence[str]) -> None:
+def _name_layers(axis: Any, layers: Sequence[str]) -> None:
+    """Ticks with the layers' names, slanted where they would run into each other below a picture."""
     places = ticks(len(layers))
     names = [clean(layers[place], _LONGEST) for place in places]
-    set_ticks(places, names, **({"rotation": 45, "ha": "right"} if _is_wide(set_ticks, names) else {}))
-
-
-def _is_wide(set_ticks: Any, names: Sequence[str]) -> bool:
-    """Whether names below a picture would run into each other."""
-    return set_ticks.__name__ == "set_xticks" and sum(map(len, names)) > 40
+    is_wide = axis.axis_name == "x" and sum(map(len, names)) > 40
+    axis.set_ticks(places, names, **({"rotation": 45, "ha": "right"} if is_wide else {}))
