@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fisher_mask_mergekit.checkpoint import Checkpoint
+from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.settings import Kind
 
 # A subfolder, because some inference servers load every .safetensors file at the top level.
 BESIDE = Path("fisher") / "mask_fisher.safetensors"
 DIAGONAL_BESIDE = Path("fisher") / "diagonal"  # A folder: as large as the weights, so in shards.
+_INPUTS = (".safetensors", ".yml", ".yaml")
 _PLACES: dict[Kind, Path] = {"mask": BESIDE, "diagonal": DIAGONAL_BESIDE}
 
 
@@ -99,6 +101,48 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def check_writable(*paths: Path | None, is_recipe: bool = False) -> None:
+    """Refuse files of results that cannot be written, before anything is run.
+
+    Args:
+        *paths: The files; None for one that was not asked for.
+        is_recipe: Whether it is a recipe that is written.
+
+    Raises:
+        RecipeError: If a path is a folder, lies in none or in one that is read-only, is named twice, or has the
+            name of a sidecar or a recipe: then a file's name was forgotten, and the next argument taken for it.
+    """
+    given = [path for path in paths if path is not None]
+    for path in given:
+        folder = path.resolve().parent
+        why = ""
+        if path.is_dir():
+            why = "it is a folder"
+        elif not folder.is_dir():
+            why = "its folder does not exist"
+        elif not os.access(folder, os.W_OK):
+            why = "its folder is read-only"
+        elif path.suffix in _INPUTS and not is_recipe:
+            why = f"{path.suffix} is the name of a sidecar or a recipe"
+        elif [other.resolve() for other in given].count(path.resolve()) > 1:
+            why = "two results would be written there"
+        if why:
+            raise RecipeError(f"cannot write {path}: {why}")
+
+
+def write_result(path: Path, content: bytes) -> None:
+    """Write a file that a user asked for, whole or not at all.
+
+    Raises:
+        RecipeError: If it cannot be written.
+    """
+    check_writable(path)
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def umask() -> int:

@@ -137,6 +137,7 @@ def test_every_place_it_names_is_there(told: Told) -> None:
     for name in names:
         assert (told.out / name).exists(), name
     assert (told.out / "fisher.png").read_bytes().startswith(b"\x89PNG")
+    assert (told.out / "report.html").read_text().count('class="model"') == 2
     assert not list(told.out.rglob(".*")), "a temporary file was left"
 
 

@@ -22,6 +22,7 @@ from fisher_mask_mergekit.evaluation.scores import OWN
 from tests import tiny
 from tests.test_cli import run
 from tests.test_end_to_end import quickly, two_classifiers, weights_of
+from tests.test_pages import is_sound
 from tests.test_task_runs import CASES, checkpoint
 
 
@@ -134,7 +135,17 @@ def test_the_pooler_can_be_the_mean_of_all(classifiers: Path) -> None:
 def test_what_is_printed_and_written(classifiers: Path) -> None:
     work = classifiers.parent
     merged = [work / "merged" / name for name in ("average", "fisher")]
-    shown = run("evaluate", classifiers, *merged, "--markdown", work / "out.md", "--samples", "7").stdout
+    shown = run(
+        "evaluate",
+        classifiers,
+        *merged,
+        "--markdown",
+        work / "out.md",
+        "--html",
+        work / "out.html",
+        "--samples",
+        "7",
+    ).stdout
     assert (work / "out.md").read_text() == shown
     head, _, *rows = shown.splitlines()
     cells = [cell.strip() for cell in head.strip("|").split("|")]
@@ -142,6 +153,11 @@ def test_what_is_printed_and_written(classifiers: Path) -> None:
     assert [row.split()[1] for row in rows[:4]] == ["two", "three", "mean", "median"]
     assert f"Rows: 7 of {work / 'two.jsonl'} (two), 7 of" in shown
     assert "fisher minus average" in shown
+    page = is_sound((work / "out.html").read_text())
+    assert {"two", "three"} <= {text for _, text in page.all("h2")}
+    assert all(
+        cells[0] in [text for _, text in page.all("th")] for cells in (row.split()[1:] for row in rows[:4])
+    )
     assert "a tie" in shown
 
 

@@ -149,6 +149,7 @@ def test_the_wheel_registers_too(tmp_path: Path) -> None:
     assert output(LISTED, PYTHONPATH=str(site)) == "1"
     files = {str(file.relative_to(site)) for file in site.rglob("*") if file.is_file()}
     assert "fisher_mask_mergekit/cli/__init__.py" in files
+    assert "fisher_mask_mergekit/pages/page.css" in files
     assert not any(file.startswith(("tests", "docs", "benchmarks")) for file in files)
 
 

@@ -1,12 +1,15 @@
 """Before a merge: ``mergekit-fisher init``, ``sites``, ``inspect``, ``check``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fisher_mask_mergekit.cli.output import errors, print_json, print_lines, silence_loading
 from fisher_mask_mergekit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fisher_mask_mergekit.sidecar import Sidecar
 
 
 def init(
@@ -58,14 +61,24 @@ def inspect(
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write it there as a page with pictures too."),
+    ] = None,
+    png_file: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Write the heat map there too.")
+    ] = None,
 ) -> None:
     """Show what sidecars hold; of a recipe, also each model's share of what the merge weighs."""
     with errors():
         from fisher_mask_mergekit.preview import inspection
         from fisher_mask_mergekit.recipe import read_recipe
+        from fisher_mask_mergekit.store import check_writable, write_result
 
+        check_writable(html_file, png_file)
         shares: list[inspection.ShareStatistics] = []
         models: list[str] = []
+        found: dict[str, Sidecar | None] = {}
         if any(Path(target).suffix in (".yml", ".yaml") for target in targets):
             if len(targets) > 1:
                 raise RecipeError("inspect takes one recipe, or any number of sidecars")
@@ -75,6 +88,17 @@ def inspect(
             sidecars = [sidecar for sidecar in found.values() if sidecar is not None]
         else:
             sidecars = [inspection.open_sidecar(Path(target)) for target in targets]
+        if html_file is not None:
+            from fisher_mask_mergekit.pages.inspect_page import recipe_page, sidecars_page
+
+            is_recipe = bool(found)
+            page = recipe_page(Path(targets[0]).name, found, shares) if is_recipe else sidecars_page(sidecars)
+            write_result(html_file, page.encode())
+        if png_file is not None:
+            from fisher_mask_mergekit.pages.fisher_pictures import head_fisher_map
+            from fisher_mask_mergekit.pages.inspect_page import titles
+
+            head_fisher_map(dict(zip(titles(sidecars), sidecars, strict=True)), png_file)
         if as_json:
             print_json(inspection.as_json(sidecars, shares))
             return

@@ -41,6 +41,10 @@ def evaluate(
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write the printed tables there too.")
     ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the results there as a page with pictures too."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run every model again, also where its predictions are cached.")
     ] = False,
@@ -49,11 +53,12 @@ def evaluate(
     """Score a merge on each task of the recipe, beside the model fine-tuned on it."""
     with errors():
         from fisher_mask_mergekit.evaluation.plan import Options
-        from fisher_mask_mergekit.evaluation.report import check_writable, write_reports
+        from fisher_mask_mergekit.evaluation.report import write_reports
         from fisher_mask_mergekit.prepass import pick_device
         from fisher_mask_mergekit.recipe import read_recipe
+        from fisher_mask_mergekit.store import check_writable, write_result
 
-        check_writable(json_file, markdown_file)
+        check_writable(json_file, markdown_file, html_file)
         read = read_recipe(recipe, scoring_overrides(metric, dtype))
         options = Options(samples, seed, batch_size, pooler, trust_remote_code)
         silence_progress_bars()
@@ -71,3 +76,7 @@ def evaluate(
         for note in found.notes:
             say(note)
         print(write_reports(found.results, json_file, markdown_file))
+        if html_file is not None:
+            from fisher_mask_mergekit.pages.evaluate_page import evaluation_page
+
+            write_result(html_file, evaluation_page(read, found.results).encode())

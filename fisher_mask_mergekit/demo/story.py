@@ -15,9 +15,12 @@ from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, NORMALIZED, OWN, 
 from fisher_mask_mergekit.demo.sizes import SEED, Sizes
 from fisher_mask_mergekit.demo.training import Rows, correct, fine_tune, pretrain, train_tokenizer
 from fisher_mask_mergekit.draft import draft_recipe
-from fisher_mask_mergekit.recipe import METHOD
-from fisher_mask_mergekit.report import head_fisher_map
+from fisher_mask_mergekit.pages.fisher_pictures import head_fisher_map
+from fisher_mask_mergekit.pages.inspect_page import recipe_page
+from fisher_mask_mergekit.preview.inspection import recipe_shares
+from fisher_mask_mergekit.recipe import METHOD, read_recipe
 from fisher_mask_mergekit.sidecar import read
+from fisher_mask_mergekit.store import write_result
 
 TASKS = ("banking77", "clinc150")
 _MERGES = {AVERAGE: "average", MERGED: "fisher_mask", NORMALIZED: "normalized"}
@@ -137,13 +140,15 @@ def _merge(out: Path, say: Say) -> None:
 
 
 def _write(out: Path, results: Results, sizes: Sizes) -> None:
-    """The picture, and the table for people and for programs."""
+    """The pictures, and the table for people and for programs."""
     sidecars = {}
     for name in TASKS:
         path = store.find(locate(str(out / "models" / name)))
         assert path is not None, "compute has just written it"
         sidecars[name] = read(path)
     head_fisher_map(sidecars, out / "fisher.png")
+    page = recipe_page("recipe.yml", *recipe_shares(read_recipe(out / "recipe.yml")))
+    write_result(out / "report.html", page.encode())
     record = {
         **results.record(),
         "seed": SEED,
@@ -161,6 +166,7 @@ def _write(out: Path, results: Results, sizes: Sizes) -> None:
 def _where(out: Path) -> str:
     places: Mapping[str, str] = {
         "results.md, results.json": "the table",
+        "report.html": "a page with each model's Fisher information and its share of every layer",
         "fisher.png": "the Fisher information of each model's mask nodes",
         "recipe.yml, average.yml, normalized.yml": "the recipes",
         "data/": "the bundled rows; the package's NOTICE names their authors and licences",

@@ -23,13 +23,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown(results: Results) -> str:
     """The table of scores, then what it can tell."""
-    parts = [_scores(results), _basis(results)]
+    parts = [aligned(score_rows(results)), basis(results)]
     first, *others = results.merges
-    parts += [_differences(results, line, first) for line in others]
+    parts += [f"On the same rows:\n\n{aligned(difference_rows(results, line, first))}" for line in others]
     return "\n\n".join(parts)
 
 
-def _scores(results: Results) -> str:
+def score_rows(results: Results) -> list[list[str]]:
+    """The cells of the table of scores; the first row is its head."""
     merged = [name for line in results.merges for name in (line, "normalised")]
     rows = [["task", "metric", OWN, *merged]]
     for task in results.tasks:
@@ -47,14 +48,15 @@ def _scores(results: Results) -> str:
             normalised = _text(results.over_tasks(which, line), 1)
             cells += [_over(results, which, line) if plain else "", normalised]
         rows.append(cells)
-    return aligned(rows)
+    return rows
 
 
 def _over(results: Results, which: Literal["mean", "median"], line: str) -> str:
     return _text(results.over_tasks(which, line, normalised=False))
 
 
-def _basis(results: Results) -> str:
+def basis(results: Results) -> str:
+    """What the scores were found on, and how far they can be trusted."""
     rows = ", ".join(f"{task.rows} of {task.data} ({task.task})" for task in results.tasks)
     text = (
         f"Rows: {rows}. In brackets: 95 % interval from {RESAMPLES} resamples of those rows; how much another "
@@ -68,7 +70,8 @@ def _basis(results: Results) -> str:
     return text
 
 
-def _differences(results: Results, line: str, minus: str) -> str:
+def difference_rows(results: Results, line: str, minus: str) -> list[list[str]]:
+    """The cells of the table of a merge's differences from another; the first row is its head."""
     rows = [[f"{line} minus {minus}", "metric", "difference", ""]]
     for task in results.tasks:
         metric = task.metrics[0]
@@ -76,7 +79,7 @@ def _differences(results: Results, line: str, minus: str) -> str:
         rows.append([task.task, metric.name, _text(found, sign="+"), verdict(found, metric.higher_is_better)])
     mean = results.difference(line, minus)
     rows.append(["mean", "normalised", _text(mean, 1, sign="+"), verdict(mean)])
-    return f"On the same rows:\n\n{aligned(rows)}"
+    return rows
 
 
 def verdict(difference: Resampled, higher_is_better: bool = True) -> str:

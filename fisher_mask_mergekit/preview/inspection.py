@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import Checkpoint
-from fisher_mask_mergekit.errors import RecipeError, SidecarNotFoundError
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarNotFoundError
 from fisher_mask_mergekit.preview.forecast import Forecast, forecast
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
@@ -114,6 +114,17 @@ def sidecar_of(model: RecipeModel, peeked: Peeked) -> Sidecar | None:
     """
     path = Path(model.sidecar).expanduser() if model.sidecar else store.find(peeked.checkpoint)
     return read(path) if path else None
+
+
+def sidecar_or_reason(model: RecipeModel) -> tuple[Sidecar | None, str]:
+    """The sidecar of a model of a recipe for whatever method, else why there is none to be read."""
+    try:
+        # A recipe for the diagonal names a sidecar of the other kind.
+        path = Path(model.sidecar).expanduser() if model.sidecar and model.kind == "mask" else None
+        path = path or store.find(peek(model.name).checkpoint)
+        return (read(path), "") if path else (None, f"{model.name} has no sidecar.")
+    except FisherMaskError as error:
+        return None, str(error)
 
 
 def recipe_shares(

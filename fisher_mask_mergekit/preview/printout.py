@@ -104,19 +104,21 @@ def _layers(names: Iterable[str]) -> str:
 
 def sidecar_lines(sidecar: Sidecar) -> Iterator[str]:
     """What was measured and how, then the Fisher information of every layer."""
-    yield from _metadata_lines(sidecar.source, sidecar.metadata)
+    yield sidecar.source
+    for name, value in metadata_fields(sidecar.metadata).items():
+        yield f"  {name:<12}{value}"
     found = sorted(node_statistics(sidecar), key=lambda one: (name_template(one.output), one.nodes))
     for (template, nodes), group in groupby(found, key=lambda one: (name_template(one.output), one.nodes)):
         yield ""
         yield from _node_table(f"{nodes} before {template}", list(group))
 
 
-def _metadata_lines(source: str, metadata: Metadata) -> Iterator[str]:
+def metadata_fields(metadata: Metadata) -> dict[str, str]:
+    """What was measured and how, for people."""
     settings, data = metadata.settings, metadata.data
     commit = f" at {data.revision[:7]}" if data.revision else ""
     accuracy = "" if metadata.accuracy is None else f"; accuracy {metadata.accuracy:.3f}"
-    yield source
-    fields = {
+    return {
         "checkpoint": metadata.checkpoint + (f" at {metadata.revision[:7]}" if metadata.revision else ""),
         "class": metadata.architecture,
         "task": metadata.task,
@@ -128,8 +130,6 @@ def _metadata_lines(source: str, metadata: Metadata) -> Iterator[str]:
         "measured": f"{metadata.date} on {metadata.device}, weights in {settings.dtype}",
         "versions": ", ".join(f"{library} {version}" for library, version in metadata.versions.items()),
     }
-    for name, value in fields.items():
-        yield f"  {name:<12}{value}"
 
 
 def _node_table(title: str, found: Sequence[NodeStatistics]) -> Iterator[str]:
@@ -148,22 +148,33 @@ def share_lines(found: Sequence[ShareStatistics], models: Sequence[str]) -> Iter
     yield "each model's share of the merge: mean (smallest-largest) over rows"
     for index, model in enumerate(models, 1):
         yield f"  [{index}] {model}"
-    governed = [one for one in found if one.output]
-    for (_output, layout), group in groupby(
-        governed, key=lambda one: (name_template(one.output), one.layout)
-    ):
-        rows = list(group)
-        names = sorted({name_template(name.rpartition(".")[0]) for one in rows for name in one.tensors})
+    for title, rows in share_groups(found):
         yield ""
-        yield f"{_WEIGHTED[layout]} of {', '.join(names)}"
+        yield title
         yield f"  {'layer':>8}" + "".join(f"{f'[{index}]':>20}" for index in range(1, len(models) + 1))
         for one in rows:
             yield f"  {layer_of(one.tensors[0]):>8}" + "".join(f"{_cell(one, model):>20}" for model in models)
     for one in found:
         if not one.output:
             yield ""
-            yield f"other tensors ({len(one.tensors)}): {_shortened(one.tensors)}"
+            yield others_title(one)
             yield f"  {'':>8}" + "".join(f"{_cell(one, model):>20}" for model in models)
+
+
+def share_groups(found: Iterable[ShareStatistics]) -> Iterator[tuple[str, list[ShareStatistics]]]:
+    """Governed tensors of the same kind, layer by layer, and what they are."""
+    governed = [one for one in found if one.output]
+    for (_output, layout), group in groupby(
+        governed, key=lambda one: (name_template(one.output), one.layout)
+    ):
+        rows = list(group)
+        names = sorted({name_template(name.rpartition(".")[0]) for one in rows for name in one.tensors})
+        yield f"{_WEIGHTED[layout]} of {', '.join(names)}", rows
+
+
+def others_title(one: ShareStatistics) -> str:
+    """What tensors are called that weight alone decides on."""
+    return f"other tensors ({len(one.tensors)}): {_shortened(one.tensors)}"
 
 
 def _cell(one: ShareStatistics, model: str) -> str:

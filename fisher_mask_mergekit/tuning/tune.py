@@ -14,10 +14,9 @@ import torch
 from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.evaluation.plan import Options, Subject
-from fisher_mask_mergekit.evaluation.report import check_writable
 from fisher_mask_mergekit.evaluation.run import checkpoint_parts, file_digest
 from fisher_mask_mergekit.recipe import Recipe
-from fisher_mask_mergekit.store import write_whole
+from fisher_mask_mergekit.store import check_writable, write_whole
 from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
 from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
@@ -65,7 +64,7 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     """
     _import_extra()
     study_path = study_file(out)
-    check_writable(out, study_path)
+    check_writable(out, study_path, is_recipe=True)
     if out.exists() and not study_path.exists():
         raise RecipeError(f"{out} exists, and no study beside it; remove it, or choose another OUT")
     own = read_coefficients(recipe)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fisher_mask_mergekit import report
 from fisher_mask_mergekit.errors import FisherMaskError
+from fisher_mask_mergekit.pages import fisher_pictures
+from fisher_mask_mergekit.pages.canvas import Powers
+from fisher_mask_mergekit.pages.fisher_numbers import layer_names
 from fisher_mask_mergekit.sidecar import Metadata, Sidecar
 from tests import tiny
 
@@ -40,14 +42,21 @@ def _zeroed(sidecar: Sidecar) -> Sidecar:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures drawn, which are then not written."""
     drawn: list[Any] = []
-    monkeypatch.setattr(report, "_write", lambda figure, path: drawn.append(figure))
+    draw = fisher_pictures._columns
+
+    def kept(sidecars: Any) -> Any:
+        drawn.append(draw(sidecars))
+        return drawn[-1]
+
+    monkeypatch.setattr(fisher_pictures, "_columns", kept)
+    monkeypatch.setattr(fisher_pictures, "write_result", lambda path, content: None)
     return drawn
 
 
 def test_writes_a_png_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "map.png"
     path.write_text("an older picture")
-    report.head_fisher_map({"one": sidecar_for(tiny.classifier("bert"))}, path)
+    fisher_pictures.head_fisher_map({"one": sidecar_for(tiny.classifier("bert"))}, path)
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["map.png"]
     pixels = imread(path)
     assert min(pixels.shape[:2]) > 400
@@ -60,10 +69,10 @@ def test_heads_are_where_the_sidecar_has_them(architecture: str, figures: list[A
         title: sidecar_for(tiny.classifier(architecture), scale=scale, seed=seed)
         for seed, (title, scale) in enumerate((("small", 1e-9), ("large", 1.0)))
     }
-    report.head_fisher_map(sidecars, tmp_path / "map.png")
+    fisher_pictures.head_fisher_map(sidecars, tmp_path / "map.png")
     scales = []
     for axis, (title, sidecar) in zip(figures[0].axes[:2], sidecars.items(), strict=True):
-        assert axis.get_title() == f"{title} (9 samples)"
+        assert axis.get_title() == f"{title}\n9 samples"
         (image,) = axis.images
         wanted = [
             sidecar.fisher[site.output]["head_fisher"].numpy()
@@ -83,7 +92,7 @@ def test_heads_are_where_the_sidecar_has_them(architecture: str, figures: list[A
 
 def test_median_of_each_layer_is_drawn(figures: list[Any], tmp_path: Path) -> None:
     sidecar = sidecar_for(tiny.classifier("bert"))
-    report.head_fisher_map({"one": sidecar}, tmp_path / "map.png")
+    fisher_pictures.head_fisher_map({"one": sidecar}, tmp_path / "map.png")
     lower = figures[0].axes[1]
     levels = {float(line.get_ydata()[0]) for line in lower.lines}
     for site in sidecar.metadata.sites:
@@ -98,14 +107,14 @@ def test_zeros_are_told_from_small_values(figures: list[Any], tmp_path: Path) ->
     site = next(site for site in sidecar.metadata.sites if site.kind == "attention")
     vector = sidecar.fisher[site.output]["head_fisher"]
     vector[0], vector[1] = 0, 1e-20
-    report.head_fisher_map({"one": sidecar}, tmp_path / "map.png")
+    fisher_pictures.head_fisher_map({"one": sidecar}, tmp_path / "map.png")
     (image,) = figures[0].axes[0].images
     assert image.get_array().mask[0].tolist() == [True, False, False, False]
 
 
 def test_checkpoints_of_different_size_and_all_zero(figures: list[Any], tmp_path: Path) -> None:
     wide = sidecar_for(tiny.classifier("bert", num_attention_heads=8, num_hidden_layers=3))
-    report.head_fisher_map(
+    fisher_pictures.head_fisher_map(
         {"wide": wide, "zero": _zeroed(sidecar_for(tiny.classifier("bert")))}, tmp_path / "a.png"
     )
     wide_axis, zero_axis, _, zero_neurons = figures[0].axes[:4]
@@ -116,16 +125,72 @@ def test_checkpoints_of_different_size_and_all_zero(figures: list[Any], tmp_path
 
 
 def test_all_zero_is_written_too(tmp_path: Path) -> None:
-    report.head_fisher_map({"zero": _zeroed(sidecar_for(tiny.classifier("bert")))}, tmp_path / "map.png")
+    fisher_pictures.head_fisher_map(
+        {"zero": _zeroed(sidecar_for(tiny.classifier("bert")))}, tmp_path / "map.png"
+    )
     assert (tmp_path / "map.png").is_file()
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(FisherMaskError, match="there is no sidecar to draw"):
-        report.head_fisher_map({}, tmp_path / "map.png")
+        fisher_pictures.head_fisher_map({}, tmp_path / "map.png")
 
 
 def test_cannot_be_written(tmp_path: Path) -> None:
     sidecar = sidecar_for(tiny.classifier("bert"))
-    with pytest.raises(FisherMaskError, match=r"cannot write .*nowhere/map\.png: No such file"):
-        report.head_fisher_map({"one": sidecar}, tmp_path / "nowhere" / "map.png")
+    with pytest.raises(FisherMaskError, match=r"cannot write .*nowhere/map\.png: its folder does not exist"):
+        fisher_pictures.head_fisher_map({"one": sidecar}, tmp_path / "nowhere" / "map.png")
+
+
+def test_hostile_titles_are_drawn_as_they_are(figures: list[Any], tmp_path: Path) -> None:
+    names = ["$\\frac$", "<script>", "line\nbreak\x00", "\u202e\u200b", "n" * 900]
+    sidecars = {name: sidecar_for(tiny.classifier("bert")) for name in names}
+    fisher_pictures.head_fisher_map(sidecars, tmp_path / "map.png")
+    titles = [axis.get_title().split("\n")[0] for axis in figures[0].axes[:5]]
+    assert titles[:4] == [
+        "$\\frac$",
+        "<script>",
+        "line break\N{REPLACEMENT CHARACTER}",
+        "\N{REPLACEMENT CHARACTER}" * 2,
+    ]
+    assert len(titles[4]) < 30
+
+
+def test_many_wide_models_make_no_picture_that_nothing_can_open(tmp_path: Path) -> None:
+    wide = sidecar_for(tiny.classifier("bert", num_attention_heads=32, num_hidden_layers=1))
+    fisher_pictures.head_fisher_map({str(place): wide for place in range(24)}, tmp_path / "map.png")
+    assert imread(tmp_path / "map.png").shape[1] <= 20_000
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (["a.0.o", "a.1.o"], ["0", "1"]),
+        (["a.0.experts.0.o", "a.0.experts.1.o"], ["0.0", "0.1"]),
+        (["encoder.0.attention.o", "decoder.0.attention.o", "decoder.0.cross.o"],
+         ["encoder.0.attention", "decoder.0.attention", "decoder.0.cross"]),
+        (["o"], ["o"]),
+        (["a.0.b.c", "a.0.c.b"], ["a.0.b.c", "a.0.c.b"]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_layers_have_the_shortest_names_that_tell_them_apart(outputs: list[str], names: list[str]) -> None:
+    assert layer_names(outputs) == names
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value", "text"),
+    [
+        (1e-9, 1e-2, 1e-7, "10⁻⁷"), (1e-9, 1e-2, 2e-7, ""), (1e-6, 5e-6, 2e-6, "2·10⁻⁶"),
+        (0.45, 0.55, 0.475, "0.475"),
+        (0.1, 0.9, 0.3, ""),
+        (0.1, 0.9, 0.5, "0.5"),
+        (4e-9, 5e-9, 4.75e-9, "4.75·10⁻⁹"), (1e-3, 1e6, 1e5, "10⁵"), (0.1, 10, 1.0, "1"),
+    ],
+)  # fmt: skip
+def test_ticks_are_plain_text_and_tell_values_apart(low: float, high: float, value: float, text: str) -> None:
+    formatter: Any = Powers()
+    formatter.create_dummy_axis()
+    formatter.axis.set_view_interval(low, high)
+    formatter.set_locs([low, value, high])
+    assert formatter(value) == text

@@ -1,0 +1,50 @@
+"""Text from files that are not trusted, made fit to be shown: no character that hides, reorders or breaks anything."""
+
+import unicodedata
+from itertools import accumulate
+
+_SHOWN = "\N{REPLACEMENT CHARACTER}"
+# Control, format (zero-width, and such that change the direction), lone surrogates, private, unassigned, separators.
+_UNFIT = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def clean(text: str, limit: int = 300) -> str:
+    """One line of visible characters; the middle of a very long text is left out.
+
+    Args:
+        text: Any text.
+        limit: How many columns it may take; wide characters take two.
+    """
+    # What is cut is not looked at: a name can be megabytes long.
+    kept = text if len(text) <= 2 * limit + 2 else text[: limit + 1] + text[-limit - 1 :]
+    parts = ("\n" if mark.isspace() else _fit(mark) for mark in kept)
+    line = " ".join("".join(parts).split())
+    return _shortened(line, limit)
+
+
+def _fit(mark: str) -> str:
+    return _SHOWN if unicodedata.category(mark) in _UNFIT else mark
+
+
+def _shortened(line: str, limit: int) -> str:
+    if sum(map(_width, line)) <= limit:
+        return line
+    half = (limit - 1) // 2
+    return f"{_first(line, limit - 1 - half)}…{_first(line[::-1], half)[::-1]}"
+
+
+def _first(line: str, limit: int) -> str:
+    for end, taken in enumerate(accumulate(map(_width, line))):
+        if taken > limit:
+            return line[:end]
+    return line
+
+
+def _width(mark: str) -> int:
+    return 2 if unicodedata.east_asian_width(mark) in "WF" else 1
+
+
+def apart(names: list[str]) -> list[str]:
+    """Names fit to be headings: cleaned, short, and numbered where two would look the same."""
+    lines = [clean(name, 60) or "(no name)" for name in names]
+    return [f"{line} ({place})" if lines.count(line) > 1 else line for place, line in enumerate(lines, 1)]
