@@ -1,21 +1,23 @@
 """Which setting is best: every pair of a recipe's checkpoints, merged with each setting of ``fisher_mask``.
 
-    python benchmarks/choices.py RECIPE --work FOLDER --short NAME,NAME
+    python benchmarks/choices.py RECIPE --work FOLDER --short RECIPE
 
 One setting at a time departs from the default (128 samples, ``estimator: sample``, ``mask_placement: post``, ``labels: data``,
 ``unmasked: average``, seed 0), each with ``normalize: none`` and ``normalize: model``. Then what should not decide a merge, but
-may: one model of a pair measured on 16 samples, the other on 512; and a model that was trained for a short while (``--short``
-names them), so that its loss and its Fisher information are large, beside one trained to the end. Writes
+may: one model of a pair measured on 16 samples, the other on 512; and a model that was trained for a short while (those of
+``--short``), so that its loss and its Fisher information are large, beside one trained to the end. Writes
 ``choices.json`` and ``choices.md`` into the work folder.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
 import summary
 from compare import arguments, bench, compare, with_settings, write
-from ways import AVERAGE, Way, mask
+from ways import AVERAGE, MOST_EXACT, Way, mask
 
 from fisher_mask_mergekit.evaluation.plan import Subject
 from fisher_mask_mergekit.evaluation.table import aligned
@@ -27,21 +29,23 @@ CHANGED: dict[str, dict[str, Any]] = {
     "mask_placement pre": {"mask_placement": "pre"},
     "estimator batch": {"estimator": "batch"},
     "labels sampled": {"labels": "sampled"},
-    "labels exact": {"labels": "exact"},
+    f"labels exact (sampled beyond {MOST_EXACT})": {"labels": "exact"},
     f"samples {FEW}": {"samples": FEW},
     f"samples {MANY}": {"samples": MANY},
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
 }
+CROSSED = ("mask_placement pre", "estimator batch")
+"""What is tried between unequal models too, beside ``normalize`` and ``unmasked``."""
 UNMASKED = ("layer", "universal")
 
 
-def one_at_a_time() -> list[Way]:
+def one_at_a_time(changed: Mapping[str, dict[str, Any]]) -> list[Way]:
     """The default, and everything that departs from it in one setting."""
     ways = list(PLAIN)
     for kind in NORMALIZE[:2]:
         ways += [
-            mask(f"{name}, normalize {kind}", {"normalize": kind}, **how) for name, how in CHANGED.items()
+            mask(f"{name}, normalize {kind}", {"normalize": kind}, **how) for name, how in changed.items()
         ]
         ways += [
             mask(f"unmasked {name}, normalize {kind}", {"normalize": kind, "unmasked": name})
@@ -58,13 +62,9 @@ def unequal_samples(subjects: Sequence[Subject]) -> list[tuple[Subject, Subject]
     ]
 
 
-def unequal_losses(subjects: Sequence[Subject], short: Sequence[str]) -> list[tuple[Subject, Subject]]:
+def unequal_losses(short: Sequence[Subject], whole: Sequence[Subject]) -> list[tuple[Subject, Subject]]:
     """Every model trained for a short while with every one trained to the end on another task."""
-    ends = [one for one in subjects if one.name not in short]
-    return [
-        (one, other) for one in subjects if one.name in short for other in ends
-        if not one.name.startswith(other.name)
-    ]  # fmt: skip
+    return [(one, other) for one in short for other in whole if one.settings.data != other.settings.data]
 
 
 def markdown(record: Mapping[str, Any]) -> dict[str, str]:
@@ -77,23 +77,22 @@ def markdown(record: Mapping[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--short", default="", help="models trained for a short while, with commas between")
+    parser.add_argument("--short", type=Path, help="a recipe of models trained for a short while")
     given = parser.parse_args()
     setting = bench(given)
-    short = given.short.split(",") if given.short else []
-    known = [one.name for one in setting.subjects]
-    if unknown := [name for name in short if name not in known]:
-        raise SystemExit(f"{given.recipe} has no {unknown[0]}; it has {', '.join(known)}")
-    whole = [one for one in setting.subjects if one.name not in short]
+    whole = setting.subjects
+    apart = one_at_a_time({name: CHANGED[name] for name in CROSSED})
     sections = {
-        "One setting at a time": compare(setting, list(combinations(whole, 2)), one_at_a_time()),
+        "One setting at a time": compare(setting, list(combinations(whole, 2)), one_at_a_time(CHANGED)),
         f"One model measured on {FEW} samples, the other on {MANY}": compare(
-            setting, unequal_samples(whole), PLAIN
+            setting, unequal_samples(whole), apart
         ),
     }
-    if short:
-        uneven = unequal_losses(setting.subjects, short)
-        sections["One model trained for a short while"] = compare(setting, uneven, PLAIN)
+    if given.short:
+        short = bench(argparse.Namespace(**vars(given) | {"recipe": given.short, "models": None})).subjects
+        sections["One model trained for a short while"] = compare(
+            setting, unequal_losses(short, whole), apart
+        )
     record = {**setting.facts(), "records": sections}
     write(given.work / "choices", record, markdown(record))
 

@@ -1,16 +1,18 @@
 """Several ways to merge the same checkpoints, each merge scored on every checkpoint's task.
 
-Everything is kept in a work folder: sidecars, and one line of results per set of checkpoints, so that a run that was
-interrupted goes on where it was.
+Everything is kept in a work folder: sidecars, and a file of results per set of checkpoints, so that a run that was
+interrupted goes on where it was. All ways' merges of a set are in memory at once.
 """
 
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ import transformers
 import yaml
 from ways import Way
 
+from fisher_mask_mergekit.checkpoint import locate, read_tensors, tensor_shapes
 from fisher_mask_mergekit.draft import draft_recipe
 from fisher_mask_mergekit.evaluation.plan import Merge, Options, Subject, plan_merges, subjects
 from fisher_mask_mergekit.evaluation.run import evaluate
-from fisher_mask_mergekit.evaluation.table import record
+from fisher_mask_mergekit.evaluation.table import record as record_of
 from fisher_mask_mergekit.heads import is_head, short_names
 from fisher_mask_mergekit.in_memory import merge_in_memory
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute, pick_device
 from fisher_mask_mergekit.recipe import read_recipe
+from fisher_mask_mergekit.sidecar import Measurement, digest_of
+from fisher_mask_mergekit.store import write_whole
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Bench:
         work: The folder for everything that is kept.
         options: How merges are scored.
         device: Where models run.
+        sidecars: What was looked at already, by path and settings.
     """
 
     subjects: Sequence[Subject]
@@ -48,6 +54,7 @@ class Bench:
     work: Path
     options: Options
     device: torch.device
+    sidecars: dict[tuple[str, str], Measurement] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """What the figures hang on."""
@@ -109,7 +116,12 @@ def bench(given: argparse.Namespace) -> Bench:
             raise SystemExit(f"{given.recipe} has no {unknown[0]}; it has {', '.join(known)}")
         recipe = replace(recipe, models=tuple(known[name] for name in wanted))
     found = [
-        replace(one, settings=one.settings.model_copy(update={"dtype": given.dtype}))
+        replace(
+            one,
+            settings=one.settings.model_copy(update={"dtype": given.dtype}),
+            # Every way gives all models the same weight; so must an average of their poolers.
+            model=replace(one.model, weight=1.0),
+        )
         for one in subjects(recipe, options)
     ]
     return Bench(found, given.parent, given.work, options, pick_device(given.device))
@@ -126,45 +138,54 @@ def compare(setting: Bench, groups: Iterable[Sequence[Subject]], ways: Sequence[
     Returns:
         Per group, ``models`` and ``results``, as ``mergekit-fisher evaluate --json`` writes them.
     """
-    path = setting.work / "results.jsonl"
-    setting.work.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.is_file() else []
-    known = {line["key"]: line for line in map(json.loads, lines)}
     found = []
     for group in groups:
-        key = _key(setting, group, ways)
-        if key not in known:
+        path = setting.work / "results" / f"{_key(setting, group, ways)}.json"
+        if not path.is_file():
             started = time.perf_counter()
-            known[key] = {
-                "key": key,
-                "models": [one.name for one in group],
-                "results": _compare_group(setting, group, ways),
-            }
-            with path.open("a") as file:
-                file.write(json.dumps(known[key]) + "\n")
-            print(
-                f"{' + '.join(one.name for one in group)}: {time.perf_counter() - started:.0f} s", flush=True
-            )
-        found.append(known[key])
+            results = _compare_group(setting, group, ways)
+            record = {"models": [one.name for one in group], "results": results}
+            write_whole(path, json.dumps(record).encode())
+            print(f"{' + '.join(record['models'])}: {time.perf_counter() - started:.0f} s", flush=True)
+        found.append(json.loads(path.read_text()))
     return found
 
 
 def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way]) -> str:
+    """Of everything that a group's results depend on."""
     parts = {
-        "models": [one.model.name for one in group],
-        "requests": [one.model.request.model_dump() for one in group],
-        "data": [one.samples.record.digest for one in group],
+        "models": [_weights(one.model.name) for one in group],
+        "names": [one.name for one in group],
+        "parent": _weights(str(setting.parent)) if any(way.with_parent for way in ways) else None,
         "ways": [repr(way) for way in ways],
-        "pooler": setting.options.pooler,
+        "measured": [
+            [_described(sidecar(setting, one, way)[1]) for one in group] for way in ways if way.measured
+        ],
+        "data": [one.samples.record.digest for one in group],
+        "metrics": [[metric.name for metric in one.metrics] for one in group],
+        "options": repr(setting.options),
         "dtype": group[0].settings.dtype,
         "versions": setting.facts()["versions"],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+@lru_cache
+def _weights(name: str) -> str:
+    checkpoint = locate(name)
+    return digest_of(read_tensors(checkpoint, tensor_shapes(checkpoint)))
+
+
+def _described(metadata: Measurement) -> list[str]:
+    return [metadata.weights, metadata.data.digest, metadata.settings.model_dump_json()]
+
+
 def _compare_group(setting: Bench, group: Sequence[Subject], ways: Sequence[Way]) -> dict[str, Any]:
     merges = [_merge(setting, group, way) for way in ways]
-    return record(evaluate(plan_merges(group, merges, setting.options), setting.device, _no_progress).results)
+    found = evaluate(plan_merges(group, merges, setting.options), setting.device, _no_progress)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    return record_of(found.results)
 
 
 @contextmanager
@@ -179,7 +200,7 @@ def _merge(setting: Bench, group: Sequence[Subject], way: Way) -> Merge:
         document = _parent_recipe(setting, group, way)
     else:
         document = yaml.safe_load(draft_recipe([one.model.name for one in group]))
-        sidecars = {one.model.name: sidecar(setting, one, way) for one in group} if way.measured else {}
+        sidecars = {one.model.name: sidecar(setting, one, way)[0] for one in group} if way.measured else {}
         for part in (
             *document.get("models", ()),
             *(s for one in document.get("slices", ()) for s in one["sources"]),
@@ -199,16 +220,20 @@ def _same(name: str, written: str) -> bool:
     return written in (name, str(Path(name).resolve()))
 
 
-def sidecar(setting: Bench, subject: Subject, way: Way) -> Path:
-    """What is measured of a checkpoint for a way to merge; measured if it was not before."""
+def sidecar(setting: Bench, subject: Subject, way: Way) -> tuple[Path, Measurement]:
+    """What is measured of a checkpoint for a way to merge; measured unless the very same was before."""
     settings = way.settings(subject.model.request, subject.config.num_labels)
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
     suffix = ".safetensors" if settings.kind == "mask" else ""  # The other kind is a folder.
     path = setting.work / "sidecars" / subject.name / f"{digest}{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        compute(prepare(subject.model.name, settings, out=path), setting.device)
-    return path
+    key = str(path), subject.model.name
+    if key not in setting.sidecars:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outcome = compute(prepare(subject.model.name, settings, out=path), setting.device)
+        for note in () if outcome.served else outcome.notes:
+            print(f"{subject.name}: {note}", file=sys.stderr)
+        setting.sidecars[key] = outcome.sidecar.metadata
+    return path, setting.sidecars[key]
 
 
 def _parent_recipe(setting: Bench, group: Sequence[Subject], way: Way) -> dict[str, Any]:
@@ -218,16 +243,18 @@ def _parent_recipe(setting: Bench, group: Sequence[Subject], way: Way) -> dict[s
     """
     if setting.parent is None:
         raise SystemExit(f"{way.name} needs --parent")
-    folders = {one.name: _same_head(one.model.name, setting.work / "same-head" / one.name) for one in group}
-    base = _same_head(str(setting.parent), setting.work / "same-head" / "parent")
+    if other := [one.name for one in group if one.task.name != "sequence-classification"]:
+        raise SystemExit(f"{way.name} is compared on sequence classifiers only, and {other[0]} is none")
+    folders = [_same_head(setting, one.model.name) for one in group]
     return {
-        "base_model": str(base),
-        "models": [{"model": str(folder), "parameters": dict(way.each)} for folder in folders.values()],
+        "base_model": str(_same_head(setting, str(setting.parent))),
+        "models": [{"model": str(folder), "parameters": dict(way.each)} for folder in folders],
     }
 
 
-def _same_head(name: str, folder: Path) -> Path:
+def _same_head(setting: Bench, name: str) -> Path:
     """A copy of a checkpoint with a head of zeros for two labels."""
+    folder = setting.work / "same-head" / _weights(name)[:12]
     if not folder.exists():
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=2, ignore_mismatched_sizes=True, dtype=torch.float32
@@ -251,6 +278,6 @@ def with_settings(subject: Subject, **changes: Any) -> Subject:
 def write(path: Path, record: Mapping[str, Any], tables: Mapping[str, str]) -> None:
     """What was found: as JSON with all that it hangs on, and its tables as Markdown, which is printed too."""
     text = "\n\n".join(f"{title}:\n\n{table}" for title, table in tables.items())
-    path.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    path.with_suffix(".md").write_text(text + "\n")
+    write_whole(path.with_suffix(".json"), f"{json.dumps(record)}\n".encode())
+    write_whole(path.with_suffix(".md"), f"{text}\n".encode())
     print(text)

@@ -20,6 +20,8 @@ class Summary:
         groups: In how many it was compared.
         better: In how many of them by more than the draw of the rows explains.
         worse: In how many it is below by more than that.
+
+    A score that is not defined is left out.
     """
 
     name: str
@@ -41,12 +43,12 @@ def summaries(found: Sequence[Mapping[str, Any]]) -> list[Summary]:
 
 def _summary(name: str, first: str, results: Sequence[Mapping[str, Any]]) -> Summary:
     scores = [task["normalised"][name]["value"] for one in results for task in one["tasks"]]
-    values = numpy.array([numpy.nan if score is None else score for score in scores])
+    values = numpy.array([score for score in scores if score is not None] or [numpy.nan])
     differences = [
         difference["normalised_mean"]
         for one in results
         for difference in one["differences"]
-        if difference["merge"] == name
+        if difference["merge"] == name and difference["normalised_mean"]["value"] is not None
     ]
     return Summary(
         name=name,

@@ -53,10 +53,10 @@ def diagonal(name: str, parameters: Mapping[str, Any] | None = None, **measured:
 
 
 WITHOUT_DATA = (
-    # What their papers recommend where nothing can be tuned.
-    Way("task_arithmetic", "task_arithmetic", each={"weight": 0.4}, with_parent=True),
-    Way("ties", "ties", each={"weight": 1.0, "density": 0.2}, with_parent=True),
-    Way("dare_ties", "dare_ties", each={"weight": 1.0, "density": 0.5}, with_parent=True),
+    # What their papers recommend where nothing can be tuned. The disjoint mean of TIES is mergekit's `normalize`.
+    Way("task_arithmetic", "task_arithmetic", {"normalize": False}, {"weight": 0.4}, with_parent=True),
+    Way("ties", "ties", {"normalize": True}, {"weight": 1.0, "density": 0.2}, with_parent=True),
+    Way("dare_ties", "dare_ties", {"normalize": True}, {"weight": 1.0, "density": 0.5}, with_parent=True),
     Way("model_stock", "model_stock", with_parent=True),
     Way("karcher", "karcher"),
 )

@@ -76,10 +76,10 @@ def test_many_is_what_the_commands_give(
     assert values(group["results"], "average") == values(wanted, "average")
     assert values(group["results"], "fisher_mask none") == values(wanted, "fisher")
     # Once more: nothing is done again, and the same is written.
-    before = Path("work/results.jsonl").stat().st_mtime_ns
+    before = {path: path.stat().st_mtime_ns for path in Path("work/results").iterdir()}
     capsys.readouterr()
     script("many", *many, monkeypatch=monkeypatch)
-    assert Path("work/results.jsonl").stat().st_mtime_ns == before
+    assert {path: path.stat().st_mtime_ns for path in Path("work/results").iterdir()} == before
     assert json.loads(Path("work/many.json").read_text()) == found
     assert capsys.readouterr().out == table
 
@@ -98,7 +98,7 @@ def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None
         mask, full, released = (
             costs[f"{way}, 8"][model] for way in ("mask Fisher", "full Fisher", "mask Fisher, released code")
         )
-        assert min(mask["seconds"], full["seconds"], released["seconds"]) > 0
+        assert min(mask["seconds"] + full["seconds"] + released["seconds"]) > 0
         # Two labels or three, and the weights' own gradients.
         assert full["gflops"] > 1.5 * mask["gflops"]
 
@@ -122,13 +122,77 @@ def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = importlib.import_module("choices")
     monkeypatch.setattr(choices, "FEW", 2)
     monkeypatch.setattr(choices, "CHANGED", {"mask_placement pre": {"mask_placement": "pre"}})
-    script("choices", "--work", "work", "--short", "c", monkeypatch=monkeypatch)
+    monkeypatch.setattr(choices, "CROSSED", ())
+    lines = three.read_text().splitlines(keepends=True)
+    others = ("  - {model: a", "  - {model: b")
+    Path("short.yml").write_text("".join(line for line in lines if not line.startswith(others)))
+    arguments = ["--work", "work", "--short", "short.yml", "--models", "a,b"]
+    script("choices", *arguments, monkeypatch=monkeypatch)
     records = json.loads(Path("work/choices.json").read_text())["records"]
     counts = {title: [one["models"] for one in found] for title, found in records.items()}
     assert list(counts.values()) == [[["a", "b"]], [["a", "b"], ["b", "a"]], [["c", "a"], ["c", "b"]]]
     text = Path("work/choices.md").read_text()
     assert all(text.count(f"| normalize {kind}") == 3 for kind in ("none", "model", "layer"))
     assert text.count("mask_placement pre") == 2
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many files of results there are after one more run."""
+    arguments = ["--work", "work", "--parent", "parent", "--counts", "2", "--models", "a,b"]
+    script("many", *arguments, monkeypatch=monkeypatch)
+    return len(list(Path("work/results").iterdir()))
+
+
+def test_nothing_stale_is_served(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = importlib.import_module("ways")
+    many = importlib.import_module("many")
+    ties = ways.Way("ties", "ties", each={"weight": 1.0}, with_parent=True)
+    monkeypatch.setattr(many, "WAYS", (ways.AVERAGE, ways.mask("fisher_mask"), ties))
+    monkeypatch.setattr(many, "draw", lambda record, path: None)
+    assert [counted(monkeypatch), counted(monkeypatch)] == [1, 1]
+    three.write_text(three.read_text().replace("samples: 8", "samples: 8, metric: loss"))
+    assert counted(monkeypatch) == 2
+    tiny.write_data(Path("a.jsonl"), seed=99)
+    assert counted(monkeypatch) == 3
+    tiny.write_data(Path("a-validation.jsonl"), seed=98)
+    assert counted(monkeypatch) == 4
+    tiny.sibling(Path("b"), Path("first"), seed=97)
+    compare = importlib.import_module("compare")
+    compare._weights.cache_clear()  # A run reads every checkpoint once.
+    assert counted(monkeypatch) == 5
+    AutoModel.from_pretrained("b").save_pretrained("parent")
+    compare._weights.cache_clear()
+    assert counted(monkeypatch) == 6
+
+
+def test_scores_that_are_not_defined_are_left_out() -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        summary = importlib.import_module("summary")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    results = []
+    for value, difference, verdict in ((90.0, 2.0, "better"), (None, None, "n/a"), (80.0, -1.0, "a tie")):
+        normalised = {"average": {"value": 88.0}, "other": {"value": value}}
+        mean = {"value": difference, "verdict": verdict}
+        differences = [{"merge": "other", "normalised_mean": mean}]
+        tasks = [{"normalised": normalised}]
+        results.append(
+            {"results": {"merges": ["average", "other"], "tasks": tasks, "differences": differences}}
+        )
+    _, other = summary.summaries(results)
+    assert (other.mean, other.worst, other.above, other.groups, other.better, other.worse) == (
+        85, 80, 1, 2, 1, 0,
+    )  # fmt: skip
+
+
+def test_attention_is_counted(three: Path) -> None:
+    paper = importlib.import_module("paper")
+    model: Any = tiny.classifier("bert", attn_implementation="sdpa").eval()
+    inputs = tiny.tokenizer()("w5 w6 w7", return_tensors="pt")
+    flops = paper.count_flops(lambda: model(**inputs))
+    assert flops["aten.bmm"] > 0
+    assert flops["aten.addmm"] > 0
 
 
 def test_a_model_that_is_not_there(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
