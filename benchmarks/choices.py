@@ -94,7 +94,7 @@ def main() -> None:
             setting, unequal_losses(short, whole), apart
         )
     record = {**setting.facts(), "records": sections}
-    write(given.work / "choices", record, markdown(record))
+    write(given.work / "choices", record, markdown)
 
 
 if __name__ == "__main__":

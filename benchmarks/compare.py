@@ -275,9 +275,10 @@ def with_settings(subject: Subject, **changes: Any) -> Subject:
     return replace(subject, model=replace(subject.model, request=request))
 
 
-def write(path: Path, record: Mapping[str, Any], tables: Mapping[str, str]) -> None:
-    """What was found: as JSON with all that it hangs on, and its tables as Markdown, which is printed too."""
-    text = "\n\n".join(f"{title}:\n\n{table}" for title, table in tables.items())
-    write_whole(path.with_suffix(".json"), f"{json.dumps(record)}\n".encode())
+def write(path: Path, record: Mapping[str, Any], markdown: Callable[[Any], Mapping[str, str]]) -> None:
+    """What was found: as JSON with all that it hangs on, and its tables, made from that JSON, which are printed too."""
+    rounded = json.loads(json.dumps(record), parse_float=lambda number: round(float(number), 4))
+    text = "\n\n".join(f"{title}:\n\n{table}" for title, table in markdown(rounded).items())
+    write_whole(path.with_suffix(".json"), f"{json.dumps(rounded)}\n".encode())
     write_whole(path.with_suffix(".md"), f"{text}\n".encode())
     print(text)

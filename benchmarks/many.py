@@ -74,7 +74,7 @@ def main() -> None:
         if groups:
             records[count] = compare(setting, groups, WAYS)
     record = {**setting.facts(), "records": records}
-    write(given.work / "many", record, markdown(record))
+    write(given.work / "many", record, markdown)
     draw(record, given.work / "many.png")
 
 

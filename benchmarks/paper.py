@@ -196,7 +196,7 @@ def main() -> None:
         "records": found,
         "costs": costs(setting, costed),
     }
-    write(given.work / "paper", record, markdown(record))
+    write(given.work / "paper", record, markdown)
 
 
 if __name__ == "__main__":
