@@ -14,7 +14,7 @@ from fisher_mask_mergekit.cli.options import (
     TrustRemoteCode,
     scoring_overrides,
 )
-from fisher_mask_mergekit.cli.output import errors, print_lines, silence_progress_bars, trial_progress
+from fisher_mask_mergekit.cli.output import errors, print_lines, say, silence_progress_bars, trial_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +54,8 @@ def tune(
         read = read_recipe(recipe, scoring_overrides(metric, dtype))
         silence_progress_bars()
         tuning = prepare(read, out, samples, options, pick_device(device))
+        for note in tuning.notes:
+            say(note)
         with trial_progress(trials) as on_trial:
             study = run(tuning, trials, on_trial)
         print_lines(_report(tuning, study))

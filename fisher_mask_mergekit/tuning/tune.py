@@ -37,6 +37,7 @@ class Tuning:
         options: How to evaluate.
         device: Where.
         study: The trials so far.
+        notes: What could not be made sure of.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Tuning:
     options: Options
     device: torch.device
     study: Study
+    notes: tuple[str, ...]
 
 
 def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: torch.device) -> Tuning:
@@ -72,13 +74,14 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     # That the best can be written is not found out last: all lambdas apart, and a normalize that must be said.
     apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
     written(recipe, text, own.at(apart, (normalizations(recipe.method) or (None,))[-1]), [])
-    subjects = held_back(recipe, samples, options)
+    held = held_back(recipe, samples, options)
+    subjects = held.subjects
     refuse_tokenizer(recipe, subjects)
     study = read_study(study_path, _key(recipe, subjects, samples, options, device))
     if out.exists() and _digest(out.read_bytes()) not in study.written:
         raise RecipeError(f"{out} exists, and is not what this run wrote; remove it, or choose another OUT")
     save_study(study, study_path)  # That it can be is not found out after the first trial.
-    return Tuning(recipe, text, out, own, subjects, options, device, study)
+    return Tuning(recipe, text, out, own, subjects, options, device, study, held.notes)
 
 
 def _import_extra() -> None:
