@@ -556,6 +556,19 @@ def test_recipes_that_cannot_be_tuned(drafted: Path) -> None:
     assert not (work / "tuned.trials.json").exists()
 
 
+@pytest.mark.parametrize("bomb", ["nested", "itself"])
+def test_aliases_that_would_fill_the_memory_are_refused(
+    drafted: Path, monkeypatch: pytest.MonkeyPatch, bomb: str
+) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 7))]  # fmt: skip
+    text = "\n".join(lines) if bomb == "nested" else "a: &a [*a]"
+    drafted.write_text(f"{text}\n{drafted.read_text()}")
+    monkeypatch.setattr(tuning, "json", None)  # Which would write it all out.
+    said = refused(drafted)
+    assert "has more than 100,000 values where its aliases (*) are written out" in said
+    assert not (drafted.parent / "tuned.trials.json").exists()
+
+
 def test_data_that_leaves_nothing_to_hold_back(drafted: Path) -> None:
     work, text = drafted.parent, drafted.read_text()
     quickly("mergekit-fisher", "compute", work / "three", "--data", work / "three.jsonl", "--samples", "24")

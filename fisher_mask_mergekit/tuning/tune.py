@@ -21,7 +21,7 @@ from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, norma
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
 from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
 from fisher_mask_mergekit.tuning.trials import own_scores, refuse_tokenizer, run_trial
-from fisher_mask_mergekit.tuning.written import written
+from fisher_mask_mergekit.tuning.written import with_coefficients, written
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ def _key(
     recipe: Recipe, subjects: Sequence[Subject], samples: int, options: Options, device: torch.device
 ) -> dict[str, str]:
     """All that trials depend on, by what it is."""
-    key = {"recipe": _digest(json.dumps(recipe.document, sort_keys=True, default=str).encode())}
+    document = with_coefficients(recipe, None)  # Not so large that it cannot be written out.
+    key = {"recipe": _digest(json.dumps(document, sort_keys=True, default=str).encode())}
     for model in recipe.models:
         parts = checkpoint_parts(locate(model.name))
         parts.pop("versions")
