@@ -211,25 +211,40 @@ def test_the_search_learns_from_its_trials() -> None:
         Coefficients({"a": 2.0, "b": 2.0, "out": 0.0, "c": 3.0}, "none"),
         ("none", "model", "layer"),
     )
-    trials: list[Trial] = []
 
     def distance(one: Coefficients) -> float:
         return max(abs(one.octaves["b"] - 2.5), abs(one.octaves["c"] + 1.5))
 
-    for number in range(45):
-        tried = suggest(own, choices, trials, seed=0)
-        assert tried.weights["a"] == 2.0
-        assert tried.weights["out"] == 0.0
-        assert max(map(abs, tried.octaves.values())) <= OCTAVES + 1e-3
-        value = (tried.normalize == "layer") - distance(tried) ** 2
-        # One whose score is not defined teaches nothing, and is no error.
-        trials.append(Trial(number=number, weights=dict(tried.weights), normalize=tried.normalize, scores={}, value=value if number % 7 else None))  # fmt: skip
-    late = [one.coefficients for one in trials[30:]]
-    assert sum(one.normalize == "layer" and distance(one) < 1 for one in late) >= 6
-    assert len({tuple(one.weights.values()) for one in trials[4:]}) == 41
-    assert trials[0].coefficients == own
-    assert [one.normalize for one in trials[1:4]] == list(choices)
-    assert all(set(one.weights.values()) == {2.0, 0.0} for one in trials[1:4])
+    def searched(seed: int) -> list[Coefficients]:
+        trials: list[Trial] = []
+        for number in range(45):
+            tried = suggest(own, choices, trials, seed)
+            assert tried.weights["a"] == 2.0
+            assert tried.weights["out"] == 0.0
+            assert max(map(abs, tried.octaves.values())) <= OCTAVES + 1e-3
+            value = (tried.normalize == "layer") - distance(tried) ** 2
+            # One whose score is not defined teaches nothing, and is no error.
+            trials.append(Trial(number=number, weights=dict(tried.weights), normalize=tried.normalize, scores={}, value=value if number % 7 else None))  # fmt: skip
+        return [trial.coefficients for trial in trials]
+
+    runs = [searched(seed) for seed in range(5)]
+    late = [one for tried in runs for one in tried[30:]]
+    assert sum(one.normalize == "layer" and distance(one) < 1 for one in late) >= 15  # Of 75.
+    for tried in runs:
+        assert len({tuple(one.weights.values()) for one in tried[4:]}) == 41
+        assert tried[0] == own
+        assert [one.normalize for one in tried[1:4]] == list(choices)
+        assert all(set(one.weights.values()) == {2.0, 0.0} for one in tried[1:4])
+
+
+def test_two_seeds_share_no_trials() -> None:
+    own = Coefficients({"a": 1.0, "b": 1.0}, None)
+    # Of trials without a score, nothing is learned: what is tried is the generator's alone.
+    trials = [Trial(number=number, weights={"a": 1.0, "b": 1.0}, normalize=None, scores={}, value=None) for number in range(9)]  # fmt: skip
+    tried = [
+        suggest(own, (), trials[:count], seed).weights["b"] for seed in range(3) for count in range(1, 9)
+    ]
+    assert len(set(tried)) == len(tried)
 
 
 def test_a_lambda_beyond_the_range_widens_it() -> None:
@@ -287,6 +302,30 @@ def test_a_killed_run_loses_nothing(drafted: Path) -> None:
     assert after[: len(kept)] == kept
     assert after[:12] == whole["trials"]
     assert out.exists()
+
+
+def test_two_runs_on_one_out_do_not_mix(drafted: Path) -> None:
+    out = drafted.parent / "tuned.yml"
+    study = out.with_suffix(".trials.json")
+    command: list[str | Path] = [SCRIPTS / "mergekit-fisher", "tune", drafted, out, "--trials", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not study.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            said = refused(drafted)
+            assert (
+                f"another run of mergekit-fisher tune is at {study}; wait until it ends, or choose another OUT"
+                in said
+            )
+            assert process.poll() is None
+            tuned(drafted, 1, out="other.yml")
+        finally:
+            process.kill()  # SIGKILL: its lock goes with it.
+    count = len(study_of(out)["trials"])
+    assert len(tuned(drafted, count + 1)["trials"]) == count + 1
 
 
 def test_a_finished_run_answers_at_once_and_a_longer_one_goes_on(

@@ -48,16 +48,17 @@ def tune(
         from fisher_mask_mergekit.evaluation.plan import Options
         from fisher_mask_mergekit.prepass import pick_device
         from fisher_mask_mergekit.recipe import read_recipe
-        from fisher_mask_mergekit.tuning.tune import prepare, run
+        from fisher_mask_mergekit.tuning.tune import claimed, prepare, run
 
         options = Options(None, seed, batch_size, pooler, trust_remote_code)
         read = read_recipe(recipe, scoring_overrides(metric, dtype))
         silence_progress_bars()
-        tuning = prepare(read, out, samples, options, pick_device(device))
-        for note in tuning.notes:
-            say(note)
-        with trial_progress(trials) as on_trial:
-            study = run(tuning, trials, on_trial)
+        with claimed(out):
+            tuning = prepare(read, out, samples, options, pick_device(device))
+            for note in tuning.notes:
+                say(note)
+            with trial_progress(trials) as on_trial:
+                study = run(tuning, trials, on_trial)
         print_lines(_report(tuning, study))
 
 

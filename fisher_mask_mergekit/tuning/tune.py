@@ -4,7 +4,8 @@ import hashlib
 import importlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.store import check_writable, write_whole
 from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
-from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
+from fisher_mask_mergekit.tuning.study import Study, alone, read_study, save_study, suggest
 from fisher_mask_mergekit.tuning.trials import own_scores, refuse_tokenizer, run_trial
 from fisher_mask_mergekit.tuning.written import with_coefficients, written
 
@@ -49,6 +50,18 @@ class Tuning:
     device: torch.device
     study: Study
     notes: tuple[str, ...]
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other runs from what belongs to ``out`` meanwhile; whoever prepares and runs does it in here.
+
+    Raises:
+        RecipeError: If another run has it, or it cannot be written.
+    """
+    check_writable(out, study_file(out), is_recipe=True)
+    with alone(study_file(out)):
+        yield
 
 
 def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: torch.device) -> Tuning:
