@@ -1,6 +1,7 @@
 """The page of ``mergekit-fisher evaluate``: scores, merges side by side, and what was measured of the models."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from fisher_mask_mergekit.evaluation.bootstrap import Estimate
 from fisher_mask_mergekit.evaluation.scores import Results
@@ -35,13 +36,12 @@ def evaluation_page(recipe: Recipe, results: Results) -> str:
     names = apart(short_names([model.name for model in models]))
     panels = [Panel(name, *sidecar_or_reason(model)) for name, model in zip(names, models, strict=True)]
     lead = sentence(
-        f"{len(results.merges)} merges of ",
+        f"{len(results.merges)} merge{'s' * (len(results.merges) > 1)} of ",
         recipe.path.name,
         ", scored on each model's own task beside that model. Below every picture are its numbers.",
     )
-    scores = joined(
-        [table("Scores", *_headed(score_rows(results))), element("p", basis(results), class_="note")]
-    )
+    note = sentence(basis(results, partial(clean, limit=120)))
+    scores = joined([table("Scores", *_headed(score_rows(results))), element("p", note, class_="note")])
     sections = [
         Section("scores", "Scores", scores),
         Section("bars", "Merges side by side", _pictures(results)),
