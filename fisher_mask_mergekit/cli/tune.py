@@ -83,10 +83,7 @@ def _report(tuning: "Tuning", study: "Study") -> "Iterator[str]":
         rows.append([f"{one.name} {one.metrics[0].name}", described(study.own[one.name], 3), *cells])
     rows.append(["mean normalised", "100", *(described(one.value) for one in pair)])
     yield aligned(rows)
-    held = ", ".join(
-        f"{len(one.samples.labels)} of {one.settings.data} ({one.name})" for one in tuning.subjects
-    )
-    yield f"\nHeld-back training rows: {held}."
+    yield f"\nHeld-back training rows: {tuning.rows}."
     yield (
         "The best of many on these rows looks better than it is; whether it helps, only rows tell that nothing was "
         "chosen by:\n"

@@ -51,6 +51,13 @@ class Tuning:
     study: Study
     notes: tuple[str, ...]
 
+    @property
+    def rows(self) -> str:
+        """What is held back, in words."""
+        return ", ".join(
+            f"{len(one.samples.labels)} of {one.settings.data} ({one.name})" for one in self.subjects
+        )
+
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
@@ -160,14 +167,11 @@ def _write_best(tuning: Tuning, study: Study) -> Study:
 def _notes(tuning: Tuning, study: Study) -> list[str]:
     """What the tuned recipe says on top of itself."""
     best, first = study.best, study.trials[0]
-    rows = ", ".join(
-        f"{len(one.samples.labels)} of {one.settings.data} ({one.name})" for one in tuning.subjects
-    )
     command = f"mergekit-fisher tune {shlex.quote(str(tuning.recipe.path))}"
     return [
         f"{command}: trial {best.number}, the best of {len(study.trials)}: mean normalised score "
         f"{described(best.value)}; the recipe as it is: {described(first.value)}",
-        f"on held-back rows of the training data: {rows}",
+        f"on held-back rows of the training data: {tuning.rows}",
     ]
 
 
