@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import datasets
 import numpy
 
+from fisher_mask_mergekit.columns import Layout, find_columns
 from fisher_mask_mergekit.errors import DataError, first_line
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
@@ -103,17 +103,11 @@ def load_samples(settings: FisherSettings, task: Task, *, skip: int = 0) -> Samp
         DataError: If the data cannot be read, has no usable columns or rows, or labels that the checkpoint
             does not have.
     """
-    spec = parse_spec(settings.data or "")
-    table = _load(spec)
-    if len(table) == 0:
-        raise DataError(f"data '{settings.data}' has no rows")
-    if len(table) <= skip:
-        raise DataError(f"data '{settings.data}' has {len(table)} rows; after the first {skip}, none is left")
-    order = numpy.random.default_rng(settings.seed).permutation(len(table))[skip:][: settings.samples]
-    drawn = task.read(table.select(order), settings)
+    spec, table, rows = _draw(settings, skip)
+    drawn = task.read(rows, settings)
     digest = hashlib.sha256()
-    for line in row_lines(drawn.texts, drawn.labels):
-        digest.update(line)
+    for text, label in zip(drawn.texts, drawn.labels, strict=True):
+        digest.update(json.dumps([*text, label]).encode() + b"\n")
     record = DataRecord(
         split=spec.split,
         revision=None if spec.is_local else _loaded_revision(table, spec),
@@ -127,9 +121,49 @@ def load_samples(settings: FisherSettings, task: Task, *, skip: int = 0) -> Samp
     return Samples(drawn.texts, drawn.labels, record)
 
 
-def row_lines(texts: Iterable[tuple[Any, ...]], labels: Iterable[Any]) -> Iterator[bytes]:
-    """What tells one row from another: what the task read of it."""
-    return (json.dumps([*text, label]).encode() + b"\n" for text, label in zip(texts, labels, strict=True))
+def load_texts(settings: FisherSettings, task: Task, *, skip: int = 0) -> list[str]:
+    """What a model reads of the same draw, whatever the labels are: one text per row, equal if the rows' are.
+
+    A causal LM's prompt is no sample by itself, so its completion belongs to it.
+
+    Args:
+        settings: The request; ``data`` must be given.
+        task: Whose columns are read.
+        skip: How many of the draw to leave out, from its first.
+
+    Raises:
+        DataError: If the data cannot be read, or has no usable columns or rows.
+    """
+    _, _, rows = _draw(settings, skip)
+    try:
+        columns = find_columns(rows.column_names, task.layouts, settings)
+    except DataError:  # It may lack the labels only.
+        free = [Layout(one.text, None) for one in task.layouts]
+        columns = find_columns(rows.column_names, free, settings.model_copy(update={"label": None}))
+    names = [*columns.text, *([columns.label] if columns.label and task.name == "causal-lm" else [])]
+    return [
+        json.dumps(cells, default=str)
+        for cells in zip(*(map(_given, rows[name]) for name in names), strict=True)
+    ]
+
+
+def _given(cell: Any) -> Any:
+    """A cell without the keys that a table has because another row has them."""
+    if isinstance(cell, dict):
+        return {key: _given(cell[key]) for key in sorted(cell) if cell[key] is not None}
+    return [_given(part) for part in cell] if isinstance(cell, list) else cell
+
+
+def _draw(settings: FisherSettings, skip: int) -> tuple[DataSpec, datasets.Dataset, datasets.Dataset]:
+    """What is drawn from, and the rows."""
+    spec = parse_spec(settings.data or "")
+    table = _load(spec)
+    if len(table) == 0:
+        raise DataError(f"data '{settings.data}' has no rows")
+    if len(table) <= skip:
+        raise DataError(f"data '{settings.data}' has {len(table)} rows; after the first {skip}, none is left")
+    order = numpy.random.default_rng(settings.seed).permutation(len(table))[skip:][: settings.samples]
+    return spec, table, table.select(order)
 
 
 def _load(spec: DataSpec) -> datasets.Dataset:

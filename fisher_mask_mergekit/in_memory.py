@@ -36,9 +36,8 @@ def merge_in_memory(
         RecipeError: If mergekit refuses the recipe, or fails.
     """
     options = MergeOptions(quiet=True, trust_remote_code=trust_remote_code)
-    with _mergekit_errors(name):
+    with _mergekit_errors(name), _loaders_of_its_own(options):
         recipe = MergeConfiguration.model_validate(document)
-        LoaderCache().setup(options=options)
         architecture = get_architecture_info(recipe, options)
         config = _model_out_config(recipe, architecture, trust_remote_code=trust_remote_code)
         # Not plan_in_memory: with today's pydantic, mergekit 0.1.5 cannot make its tasks. Nothing is written, since
@@ -55,6 +54,20 @@ def merge_in_memory(
         return ((one, tensors[one]) for one in names)
 
     return Encoder(name, {one: tuple(value.shape) for one, value in tensors.items()}, read), config
+
+
+@contextmanager
+def _loaders_of_its_own(options: MergeOptions) -> Iterator[None]:
+    """What mergekit opened stays open in its thread: a checkpoint that was rewritten since would be the old one."""
+    cache = LoaderCache()
+    before = dict(vars(cache))
+    cache.loaders = {}
+    cache.setup(options=options)
+    try:
+        yield
+    finally:
+        vars(cache).clear()
+        vars(cache).update(before)
 
 
 @contextmanager

@@ -74,6 +74,11 @@ def find(checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
     return next(find_all(checkpoint, kind), None)
 
 
+def sidecar_of(given: str | None, checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
+    """The sidecar that a merge uses: the one that the recipe names, if it does."""
+    return Path(given).expanduser() if given else find(checkpoint, kind)
+
+
 def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
     """Where ``compute`` writes: beside a local checkpoint; to the cache if that is a hub id or read-only."""
     beside = _beside(checkpoint, kind)

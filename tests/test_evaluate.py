@@ -1,5 +1,6 @@
 """`mergekit-fisher evaluate` on tiny models, against loops by hand."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -17,8 +19,12 @@ from transformers import (
     AutoTokenizer,
 )
 
+from fisher_mask_mergekit.cli.output import progress
 from fisher_mask_mergekit.evaluation import run as running
+from fisher_mask_mergekit.evaluation.plan import Merge, Options, plan_merges, subjects
 from fisher_mask_mergekit.evaluation.scores import OWN
+from fisher_mask_mergekit.in_memory import merge_in_memory
+from fisher_mask_mergekit.recipe import read_recipe
 from tests import tiny
 from tests.test_cli import run
 from tests.test_end_to_end import quickly, two_classifiers, weights_of
@@ -305,6 +311,25 @@ def test_a_second_call_runs_no_model(classifiers: Path, monkeypatch: pytest.Monk
     assert len(loaded) == 14
     evaluated(classifiers, *merged, "--force")
     assert len(loaded) == 20
+
+
+def test_merges_in_memory_that_differ_in_their_configuration_do_not_share_predictions(tmp_path: Path) -> None:
+    recipe, _, _ = pair(tmp_path, "llama-causal", "text")
+    read = read_recipe(recipe)
+    encoder, config = merge_in_memory(yaml.safe_load(recipe.read_text()), "merge")
+    other = copy.deepcopy(config)
+    other.rms_norm_eps = 1.0
+    found = subjects(read, Options())
+
+    def runs(*configs: Any) -> tuple[int, list[float]]:
+        merges = [Merge(f"merge-{place}", encoder, config=one) for place, one in enumerate(configs)]
+        done = running.evaluate(plan_merges(found, merges, Options()), torch.device("cpu"), progress)
+        return done.runs, [done.results.tasks[0].normalised(one.line).estimate().value for one in merges]
+
+    count, (one, two) = runs(config, other)
+    assert count == 6
+    assert one != two
+    assert runs(other, config) == (0, [two, one])
 
 
 def test_evaluation_settings_leave_a_sidecar_valid(tmp_path: Path) -> None:

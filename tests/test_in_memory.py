@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
@@ -40,6 +42,27 @@ def test_it_is_what_mergekit_writes(drafted: Path, method: str, dtype: str) -> N
     torch.testing.assert_close(found, written, rtol=0, atol=0)
     stored = AutoConfig.from_pretrained(drafted.parent / "merged")
     assert (config.num_hidden_layers, config.num_labels) == (stored.num_hidden_layers, stored.num_labels)
+
+
+def test_a_checkpoint_that_was_rewritten_is_read_again(drafted: Path) -> None:
+    document = yaml.safe_load(drafted.read_text()) | {"merge_method": "linear"}
+    cache, name = LoaderCache(), "bert.encoder.layer.1.output.dense.weight"
+    kept = ModelReference.model_validate(document["slices"][0]["sources"][0]["model"])
+    cache.get(kept)
+    held, before, trusted = cache.loaders, dict(cache.loaders), cache.trust_remote_code
+    first, _ = merge_in_memory(document, "first")
+    file = drafted.parent / "two" / "model.safetensors"
+    state = load_file(file)
+    # Another file under the name, as whoever writes whole files does; the old one may still be open.
+    save_file({**state, name: state[name] + 1}, file.with_name("new"), {"format": "pt"})
+    file.with_name("new").replace(file)
+    second, _ = merge_in_memory(document, "second", trust_remote_code=True)
+    difference = dict(second.read([name]))[name] - dict(first.read([name]))[name]
+    torch.testing.assert_close(difference, torch.full_like(difference, 0.5))
+    # What the process holds otherwise is as it was.
+    assert cache.loaders is held
+    assert held == before
+    assert cache.trust_remote_code == trusted
 
 
 def test_what_mergekit_refuses_is_one_error(drafted: Path) -> None:

@@ -324,6 +324,20 @@ def test_any_number_of_merges_and_any_name(
     assert len(page.all("figure")) == tasks + (tasks > 1) + 4
 
 
+def test_many_tasks_are_all_named_and_explained(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, results = read_recipe(recipe_for(tmp_path, pair)), made_results(1, 90, "a-name-of-some-length-")
+    text = is_sound(evaluation_page(recipe, results)).all("body")[0][1]
+    assert "1 merge of " in text
+    for task in results.tasks:
+        assert f"99 of {task.data} ({task.task})" in text
+    assert "In brackets: 95 % interval from" in text
+    text = is_sound(evaluation_page(recipe, made_results(2, 3, "long" * 900))).all("body")[0][1]
+    assert "2 merges of " in text
+    assert "…ng" in text
+    assert "long" * 100 not in text
+    assert "In brackets: 95 % interval from" in text
+
+
 def test_what_is_not_defined_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
     results = made_results(2, 1)
     broken = {line: {"accuracy": Resampled(0.0, numpy.zeros(1000))} for line in (OWN, *results.merges)}

@@ -211,25 +211,40 @@ def test_the_search_learns_from_its_trials() -> None:
         Coefficients({"a": 2.0, "b": 2.0, "out": 0.0, "c": 3.0}, "none"),
         ("none", "model", "layer"),
     )
-    trials: list[Trial] = []
 
     def distance(one: Coefficients) -> float:
         return max(abs(one.octaves["b"] - 2.5), abs(one.octaves["c"] + 1.5))
 
-    for number in range(45):
-        tried = suggest(own, choices, trials, seed=0)
-        assert tried.weights["a"] == 2.0
-        assert tried.weights["out"] == 0.0
-        assert max(map(abs, tried.octaves.values())) <= OCTAVES + 1e-3
-        value = (tried.normalize == "layer") - distance(tried) ** 2
-        # One whose score is not defined teaches nothing, and is no error.
-        trials.append(Trial(number=number, weights=dict(tried.weights), normalize=tried.normalize, scores={}, value=value if number % 7 else None))  # fmt: skip
-    late = [one.coefficients for one in trials[30:]]
-    assert sum(one.normalize == "layer" and distance(one) < 1 for one in late) >= 6
-    assert len({tuple(one.weights.values()) for one in trials[4:]}) == 41
-    assert trials[0].coefficients == own
-    assert [one.normalize for one in trials[1:4]] == list(choices)
-    assert all(set(one.weights.values()) == {2.0, 0.0} for one in trials[1:4])
+    def searched(seed: int) -> list[Coefficients]:
+        trials: list[Trial] = []
+        for number in range(45):
+            tried = suggest(own, choices, trials, seed)
+            assert tried.weights["a"] == 2.0
+            assert tried.weights["out"] == 0.0
+            assert max(map(abs, tried.octaves.values())) <= OCTAVES + 1e-3
+            value = (tried.normalize == "layer") - distance(tried) ** 2
+            # One whose score is not defined teaches nothing, and is no error.
+            trials.append(Trial(number=number, weights=dict(tried.weights), normalize=tried.normalize, scores={}, value=value if number % 7 else None))  # fmt: skip
+        return [trial.coefficients for trial in trials]
+
+    runs = [searched(seed) for seed in range(5)]
+    late = [one for tried in runs for one in tried[30:]]
+    assert sum(one.normalize == "layer" and distance(one) < 1 for one in late) >= 15  # Of 75.
+    for tried in runs:
+        assert len({tuple(one.weights.values()) for one in tried[4:]}) == 41
+        assert tried[0] == own
+        assert [one.normalize for one in tried[1:4]] == list(choices)
+        assert all(set(one.weights.values()) == {2.0, 0.0} for one in tried[1:4])
+
+
+def test_two_seeds_share_no_trials() -> None:
+    own = Coefficients({"a": 1.0, "b": 1.0}, None)
+    # Of trials without a score, nothing is learned: what is tried is the generator's alone.
+    trials = [Trial(number=number, weights={"a": 1.0, "b": 1.0}, normalize=None, scores={}, value=None) for number in range(9)]  # fmt: skip
+    tried = [
+        suggest(own, (), trials[:count], seed).weights["b"] for seed in range(3) for count in range(1, 9)
+    ]
+    assert len(set(tried)) == len(tried)
 
 
 def test_a_lambda_beyond_the_range_widens_it() -> None:
@@ -289,6 +304,30 @@ def test_a_killed_run_loses_nothing(drafted: Path) -> None:
     assert out.exists()
 
 
+def test_two_runs_on_one_out_do_not_mix(drafted: Path) -> None:
+    out = drafted.parent / "tuned.yml"
+    study = out.with_suffix(".trials.json")
+    command: list[str | Path] = [SCRIPTS / "mergekit-fisher", "tune", drafted, out, "--trials", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not study.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            said = refused(drafted)
+            assert (
+                f"another run of mergekit-fisher tune is at {study}; wait until it ends, or choose another OUT"
+                in said
+            )
+            assert process.poll() is None
+            tuned(drafted, 1, out="other.yml")
+        finally:
+            process.kill()  # SIGKILL: its lock goes with it.
+    count = len(study_of(out)["trials"])
+    assert len(tuned(drafted, count + 1)["trials"]) == count + 1
+
+
 def test_a_finished_run_answers_at_once_and_a_longer_one_goes_on(
     drafted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +380,7 @@ def test_the_rows_are_those_after_the_measured_ones(drafted: Path) -> None:
 
     def texts(samples: int = 256) -> list[list[str]]:
         found = held_back(read_recipe(drafted), samples, Options())
-        return [[text for (text,) in one.samples.texts] for one in found]
+        return [[text for (text,) in one.samples.texts] for one in found.subjects]
 
     rows = [row["text"] for row in rows_of(work / "two.jsonl")]
 
@@ -367,9 +406,38 @@ def test_the_rows_are_those_after_the_measured_ones(drafted: Path) -> None:
     # Linear needs no sidecar, but what one was measured on is left out all the same.
     rewritten(drafted, "fisher_mask", "linear")
     assert texts()[0] == drawn(3)[5:]
-    # Of other data, a sidecar says nothing of these rows.
+    assert held_back(read_recipe(drafted), 256, Options()).notes == ()
+    # Of other data, a sidecar says nothing of these rows: that is said.
     quickly("mergekit-fisher", "compute", work / "two", "--data", work / "three.jsonl", "--samples", "5", "--seed", "3", "--label-map", "0=0,1=1,2=1")  # fmt: skip
     assert texts()[0] == drawn(0)[MEASURED:]
+    said = run("tune", drafted, work / "tuned.yml", "--trials", "1").stderr
+    assert f"{work / 'two'}: which rows of '{work / 'two.jsonl'}' it was measured on is not known: " in said
+    assert f"was measured on other rows (of '{work / 'three.jsonl'}' as it was then)" in said
+    assert f"Held back are those after the first {MEASURED} by seed 0, as the recipe has it" in said
+    (work / "two" / "fisher" / "mask_fisher.safetensors").write_text("torn")
+    (note,) = held_back(read_recipe(drafted), 256, Options()).notes
+    assert "is not known: " in note
+    assert "mask_fisher.safetensors" in note
+
+
+def test_rows_that_held_nothing_to_predict_were_drawn_too(tmp_path: Path) -> None:
+    recipe, _, data = pair(tmp_path, "bert-tokens", "token-classification")
+    rows = [{"tokens": [f"w{row}", "w40"], "ner_tags": [-100, -100] if row % 2 else [row % 4 // 2, 1]} for row in range(20)]  # fmt: skip
+    for file in (data, tmp_path / "two" / "data.jsonl"):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewritten(recipe, "eval: ", "data: ")
+    # Asked for by the sidecar alone.
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        quickly(
+            "mergekit-fisher", "compute", folder / "model", "--data", folder / "data.jsonl", "--samples", "9"
+        )
+    recipe.write_text(recipe.read_text() + "fisher: {samples: 2}\n")
+    found = held_back(read_recipe(recipe), 256, Options())
+    assert found.notes == ()
+    wanted = [rows[index]["tokens"] for index in numpy.random.default_rng(0).permutation(20)[9:]]
+    for subject in found.subjects:
+        assert [list(words) for words in subject.samples.texts] == wanted
 
 
 def test_the_reporting_split_is_looked_at_only_for_rows_in_both(
@@ -387,12 +455,61 @@ def test_the_reporting_split_is_looked_at_only_for_rows_in_both(
     rewritten(drafted, 'three.jsonl"}', 'three.jsonl", eval: "org/absent:config"}')
     read = read_recipe(drafted)
     looked = tuning.prepare(read, work / "tuned.yml", 256, Options(), torch.device("cpu"))
-    assert [path for path, _ in loads if "absent" in path] == []
+    assert [path for path, _ in loads].count("org/absent") == 1
     assert [path for path, _ in loads].count(str(other)) == 1
     other.unlink()
     loads.clear()
     tuning.run(looked, 4, lambda study: None)
     assert loads == []
+    # What cannot be loaded was not checked, and that is said.
+    (note,) = looked.notes
+    assert (
+        f"{work / 'three'}: its held-back rows were not compared with those of the reporting split " in note
+    )
+    assert "'org/absent:config:validation': cannot load data 'org/absent' (split validation)" in note
+
+
+def test_reported_rows_are_found_on_the_hub_and_under_other_labels(
+    drafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, plain = drafted.parent, loading._load
+    rows = rows_of(work / "two.jsonl")
+    last = numpy.random.default_rng(0).permutation(24)[-3:]
+    other = rows_of(tiny.write_data(work / "held.jsonl", seed=5))
+    tables = {
+        ("org/set", "train"): rows,
+        ("mirror", "validation"): [*other, *(rows[index] for index in last)],
+        # Labels that the checkpoint does not have, and none at all.
+        ("labels", "validation"): [*({**row, "label": 9} for row in other), {**rows[last[0]], "label": -1}],
+        ("unlabelled", "validation"): [{"text": rows[index]["text"]} for index in last[:2]],
+    }  # fmt: skip
+
+    def served(spec: loading.DataSpec) -> Any:
+        known = tables.get((spec.path, spec.split))
+        return plain(spec) if known is None else datasets.Dataset.from_list(known)
+
+    monkeypatch.setattr(loading, "_load", served)
+    text = drafted.read_text()
+    for name, count in (("mirror", 3), ("labels", 1), ("unlabelled", 2)):
+        drafted.write_text(text.replace(f'data: "{work / "two.jsonl"}"', f"data: org/set, eval: {name}"))
+        assert f"{count} of 16 rows held back of 'org/set' are also in the reporting split '{name}::validation'" in refused(drafted)  # fmt: skip
+    local = work / "other-labels.jsonl"
+    local.write_text("".join(json.dumps({**rows[index], "label": 7}) + "\n" for index in last))
+    drafted.write_text(text.replace('two.jsonl"}', f'two.jsonl", eval: {local}}}'))
+    assert "3 of 16 rows held back of" in refused(drafted)
+
+
+def test_a_prompt_is_a_sample_with_its_completion_only(tmp_path: Path) -> None:
+    recipe, _, data = pair(tmp_path, "gpt2-causal", "completion")
+    rows = rows_of(data)
+    other = tmp_path / "other.jsonl"
+    rewritten(recipe, f"eval: {data}", f"data: {data}, eval: {other}")
+    rewritten(recipe, "{eval: ", "{data: ")
+    recipe.write_text(recipe.read_text() + "fisher: {samples: 3}\n")
+    other.write_text("".join(json.dumps({**row, "completion": "w9 w9 w9 w9"}) + "\n" for row in rows))
+    assert held_back(read_recipe(recipe), 256, Options()).notes == ()
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert f"5 of 5 rows held back of '{data}' are also in" in refused(recipe)
 
 
 def test_the_reporting_split_is_refused(drafted: Path) -> None:
@@ -416,11 +533,18 @@ def test_the_reporting_split_is_refused(drafted: Path) -> None:
         "data: 'org/set:name', eval: 'org/set:name:train@main'",
         "data: 'org/set', eval: 'org/set:default:train'",
         "data: 'org/set:name:train+validation'",
+        "data: 'org/set:name:all'",
+        "data: 'org/set:name', eval: 'org/set:name:all'",
+        "data: 'org/set:name:all', eval: 'org/set:name:test'",
     ):
         drafted.write_text(text.replace(plain, given))
         said = refused(drafted)
         assert "a tuning run was asked to use the reporting split" in said, given
         assert f"is what merges are evaluated on for {work / 'two'}" in said
+    # Slices are no splits, of which nothing could be told by name.
+    for given in ("data: 'org/set:name:train[:9]'", f"{plain}, eval: 'org/set:name:train[9:]'"):
+        drafted.write_text(text.replace(plain, given))
+        assert "is not of the form path[:config[:split]][@revision]" in refused(drafted)
     # What another model is reported on.
     drafted.write_text(
         text.replace(f'data: "{work / "three.jsonl"}"', f'data: "{work / "three.jsonl"}", eval: two.jsonl')
@@ -469,6 +593,19 @@ def test_recipes_that_cannot_be_tuned(drafted: Path) -> None:
     assert "is not YAML" in refused(drafted)
     assert not (work / "tuned.yml").exists()
     assert not (work / "tuned.trials.json").exists()
+
+
+@pytest.mark.parametrize("bomb", ["nested", "itself"])
+def test_aliases_that_would_fill_the_memory_are_refused(
+    drafted: Path, monkeypatch: pytest.MonkeyPatch, bomb: str
+) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 7))]  # fmt: skip
+    text = "\n".join(lines) if bomb == "nested" else "a: &a [*a]"
+    drafted.write_text(f"{text}\n{drafted.read_text()}")
+    monkeypatch.setattr(tuning, "json", None)  # Which would write it all out.
+    said = refused(drafted)
+    assert "has more than 100,000 values where its aliases (*) are written out" in said
+    assert not (drafted.parent / "tuned.trials.json").exists()
 
 
 def test_data_that_leaves_nothing_to_hold_back(drafted: Path) -> None:

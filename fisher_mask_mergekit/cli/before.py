@@ -96,9 +96,10 @@ def inspect(
             write_result(html_file, page.encode())
         if png_file is not None:
             from fisher_mask_mergekit.pages.fisher_pictures import head_fisher_map
-            from fisher_mask_mergekit.pages.inspect_page import titles
+            from fisher_mask_mergekit.pages.text import headings
 
-            head_fisher_map(dict(zip(titles(sidecars), sidecars, strict=True)), png_file)
+            names = headings([sidecar.metadata.checkpoint for sidecar in sidecars])
+            head_fisher_map(dict(zip(names, sidecars, strict=True)), png_file)
         if as_json:
             print_json(inspection.as_json(sidecars, shares))
             return

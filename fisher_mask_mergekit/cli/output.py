@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fisher_mask_mergekit.errors import FisherMaskError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @contextmanager
@@ -41,24 +44,29 @@ def print_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
-@contextmanager
-def progress(name: str) -> Iterator[tuple[Any, Any]]:
-    """A bar on standard error with samples, tokens per second and remaining time."""
-    import time
-
+def _bar(unit: str) -> "Progress":
+    """A bar on standard error: what for, how far, ``unit`` with the task's fields, and the remaining time."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(
+    return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("samples, {task.fields[speed]:,.0f} tokens/s,"),
+        TextColumn(unit),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),  # Else it leaves an empty line.
-    ) as bar:
+    )
+
+
+@contextmanager
+def progress(name: str) -> Iterator[tuple[Any, Any]]:
+    """A bar with samples, tokens per second and remaining time."""
+    import time
+
+    with _bar("samples, {task.fields[speed]:,.0f} tokens/s,") as bar:
         task = bar.add_task(name, total=None, speed=0.0)
         started = time.perf_counter()
         tokens = 0
@@ -79,20 +87,9 @@ def progress(name: str) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def trial_progress(total: int) -> Iterator[Any]:
-    """A bar on standard error with trials, the best score so far and remaining time."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("trials, best {task.fields[best]},"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("", total=total, best="none yet")
+    """A bar with trials, the best score so far and remaining time."""
+    with _bar("trials, best {task.fields[best]},") as bar:
+        task = bar.add_task("tune", total=total, best="none yet")
 
         def on_trial(study: Any) -> None:
             best = study.best.value if study.trials else None

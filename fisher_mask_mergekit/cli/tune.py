@@ -14,7 +14,7 @@ from fisher_mask_mergekit.cli.options import (
     TrustRemoteCode,
     scoring_overrides,
 )
-from fisher_mask_mergekit.cli.output import errors, print_lines, silence_progress_bars, trial_progress
+from fisher_mask_mergekit.cli.output import errors, print_lines, say, silence_progress_bars, trial_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,14 +48,17 @@ def tune(
         from fisher_mask_mergekit.evaluation.plan import Options
         from fisher_mask_mergekit.prepass import pick_device
         from fisher_mask_mergekit.recipe import read_recipe
-        from fisher_mask_mergekit.tuning.tune import prepare, run
+        from fisher_mask_mergekit.tuning.tune import claimed, prepare, run
 
         options = Options(None, seed, batch_size, pooler, trust_remote_code)
         read = read_recipe(recipe, scoring_overrides(metric, dtype))
         silence_progress_bars()
-        tuning = prepare(read, out, samples, options, pick_device(device))
-        with trial_progress(trials) as on_trial:
-            study = run(tuning, trials, on_trial)
+        with claimed(out):
+            tuning = prepare(read, out, samples, options, pick_device(device))
+            for note in tuning.notes:
+                say(note)
+            with trial_progress(trials) as on_trial:
+                study = run(tuning, trials, on_trial)
         print_lines(_report(tuning, study))
 
 
@@ -80,10 +83,7 @@ def _report(tuning: "Tuning", study: "Study") -> "Iterator[str]":
         rows.append([f"{one.name} {one.metrics[0].name}", described(study.own[one.name], 3), *cells])
     rows.append(["mean normalised", "100", *(described(one.value) for one in pair)])
     yield aligned(rows)
-    held = ", ".join(
-        f"{len(one.samples.labels)} of {one.settings.data} ({one.name})" for one in tuning.subjects
-    )
-    yield f"\nHeld-back training rows: {held}."
+    yield f"\nHeld-back training rows: {tuning.rows}."
     yield (
         "The best of many on these rows looks better than it is; whether it helps, only rows tell that nothing was "
         "chosen by:\n"

@@ -150,6 +150,9 @@ def _key(subject: Subject, contender: Contender, state: Mapping[str, Tensor] | N
         "max_length": settings.max_length,
         "dtype": settings.dtype,
     }
+    # A merge in memory may bring a configuration of its own; any other is among the checkpoint's files.
+    if contender.state is not None and contender.config is not subject.config:
+        parts["config"] = json.loads(json.dumps(contender.config.to_dict(), default=str))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

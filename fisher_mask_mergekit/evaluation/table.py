@@ -1,7 +1,7 @@
 """Scores for people and for programs: Markdown and JSON."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from fisher_mask_mergekit.evaluation.bootstrap import RESAMPLES, Estimate, Resampled
@@ -55,9 +55,14 @@ def _over(results: Results, which: Literal["mean", "median"], line: str) -> str:
     return _text(results.over_tasks(which, line, normalised=False))
 
 
-def basis(results: Results) -> str:
-    """What the scores were found on, and how far they can be trusted."""
-    rows = ", ".join(f"{task.rows} of {task.data} ({task.task})" for task in results.tasks)
+def basis(results: Results, shown: Callable[[str], str] = str) -> str:
+    """What the scores were found on, and how far they can be trusted.
+
+    Args:
+        results: The scores.
+        shown: Makes names from the recipe fit for where the text goes.
+    """
+    rows = ", ".join(f"{task.rows} of {shown(task.data)} ({shown(task.task)})" for task in results.tasks)
     text = (
         f"Rows: {rows}. In brackets: 95 % interval from {RESAMPLES} resamples of those rows; how much another "
         "fine-tuning would change is not in it."

@@ -1,11 +1,11 @@
 """The page of ``mergekit-fisher evaluate``: scores, merges side by side, and what was measured of the models."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from fisher_mask_mergekit.evaluation.bootstrap import Estimate
 from fisher_mask_mergekit.evaluation.scores import Results
 from fisher_mask_mergekit.evaluation.table import basis, difference_rows, score_rows
-from fisher_mask_mergekit.heads import short_names
 from fisher_mask_mergekit.pages.html import (
     Html,
     Section,
@@ -19,7 +19,7 @@ from fisher_mask_mergekit.pages.html import (
 )
 from fisher_mask_mergekit.pages.model_panel import Panel, model_sections
 from fisher_mask_mergekit.pages.score_pictures import score_bars
-from fisher_mask_mergekit.pages.text import apart, clean
+from fisher_mask_mergekit.pages.text import clean, headings
 from fisher_mask_mergekit.preview.inspection import sidecar_or_reason
 from fisher_mask_mergekit.recipe import Recipe
 
@@ -32,16 +32,15 @@ def evaluation_page(recipe: Recipe, results: Results) -> str:
         results: The merges' scores.
     """
     models = [model for model in recipe.models if model.is_merged]
-    names = apart(short_names([model.name for model in models]))
+    names = headings([model.name for model in models])
     panels = [Panel(name, *sidecar_or_reason(model)) for name, model in zip(names, models, strict=True)]
     lead = sentence(
-        f"{len(results.merges)} merges of ",
+        f"{len(results.merges)} merge{'s' * (len(results.merges) > 1)} of ",
         recipe.path.name,
         ", scored on each model's own task beside that model. Below every picture are its numbers.",
     )
-    scores = joined(
-        [table("Scores", *_headed(score_rows(results))), element("p", basis(results), class_="note")]
-    )
+    note = sentence(basis(results, partial(clean, limit=120)))
+    scores = joined([table("Scores", *_headed(score_rows(results))), element("p", note, class_="note")])
     sections = [
         Section("scores", "Scores", scores),
         Section("bars", "Merges side by side", _pictures(results)),

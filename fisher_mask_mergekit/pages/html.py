@@ -45,7 +45,7 @@ def joined(parts: Iterable[Html]) -> Html:
 
 
 def sentence(*parts: str) -> Html:
-    """Running text, in which every second part is a name from a file, set apart from the text around it."""
+    """Running text of any length, in which every second part is a name from a file, set apart from the text around it."""
     return Html(
         "".join(element("bdi", part) if place % 2 else escape(part) for place, part in enumerate(parts))
     )

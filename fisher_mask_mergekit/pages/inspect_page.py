@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from fisher_mask_mergekit.heads import short_names
 from fisher_mask_mergekit.pages.fisher_numbers import layer_names
 from fisher_mask_mergekit.pages.html import (
     Html,
@@ -17,7 +16,7 @@ from fisher_mask_mergekit.pages.html import (
 )
 from fisher_mask_mergekit.pages.model_panel import Panel, model_sections
 from fisher_mask_mergekit.pages.share_pictures import legend, share_picture
-from fisher_mask_mergekit.pages.text import apart, clean
+from fisher_mask_mergekit.pages.text import clean, headings
 from fisher_mask_mergekit.preview.inspection import ShareStatistics
 from fisher_mask_mergekit.preview.printout import others_title, share_groups
 from fisher_mask_mergekit.sidecar import Sidecar
@@ -36,7 +35,7 @@ def sidecars_page(sidecars: Sequence[Sidecar]) -> str:
     Args:
         sidecars: One panel for each.
     """
-    names = titles(sidecars)
+    names = headings([sidecar.metadata.checkpoint for sidecar in sidecars])
     panels = [Panel(name, sidecar) for name, sidecar in zip(names, sidecars, strict=True)]
     title = (
         f"Fisher information of {names[0]}"
@@ -56,7 +55,7 @@ def recipe_page(
         sidecars: By model, as the recipe names it; None for one that is merged without.
         shares: What :func:`~fisher_mask_mergekit.preview.inspection.recipe_shares` found.
     """
-    names = dict(zip(sidecars, apart(short_names(list(sidecars))), strict=True))
+    names = dict(zip(sidecars, headings(list(sidecars)), strict=True))
     lacks = "it has no sidecar; tensors that it takes part in are weighed by weight alone."
     panels = [
         Panel(names[model], sidecar, lacks)
@@ -66,11 +65,6 @@ def recipe_page(
     models = {model: name for model, name in names.items() if any(model in one.shares for one in shares)}
     lead = sentence(f"{_LEAD} And what the merge makes of it, by ", recipe, ".")
     return page(f"What {clean(recipe, 80)} merges", lead, [_shares(shares, models), *model_sections(panels)])
-
-
-def titles(sidecars: Sequence[Sidecar]) -> list[str]:
-    """A heading for each sidecar, no two alike."""
-    return apart(short_names([sidecar.metadata.checkpoint for sidecar in sidecars]))
 
 
 def _shares(shares: Sequence[ShareStatistics], models: Mapping[str, str]) -> Section:

@@ -3,6 +3,8 @@
 import unicodedata
 from itertools import accumulate
 
+from fisher_mask_mergekit.heads import short_names
+
 _SHOWN = "\N{REPLACEMENT CHARACTER}"
 # Control, format (zero-width, and such that change the direction), lone surrogates, private, unassigned, separators.
 _UNFIT = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -42,6 +44,11 @@ def _first(line: str, limit: int) -> str:
 
 def _width(mark: str) -> int:
     return 2 if unicodedata.east_asian_width(mark) in "WF" else 1
+
+
+def headings(models: list[str]) -> list[str]:
+    """A heading for each model, by its name as the user wrote it, no two alike."""
+    return apart(short_names(models))
 
 
 def apart(names: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fisher_mask_mergekit import store
@@ -76,9 +75,7 @@ def _diagonal(
     measured: dict[str, Measurement] = {}
     for model in needed:
         peeked = models[model.name]
-        path = (
-            Path(model.sidecar).expanduser() if model.sidecar else store.find(peeked.checkpoint, "diagonal")
-        )
+        path = store.sidecar_of(model.sidecar, peeked.checkpoint, "diagonal")
         if path is None:
             if peeked.checkpoint.revision is None:
                 yield _absent(recipe, model, outputs)

@@ -112,7 +112,7 @@ def sidecar_of(model: RecipeModel, peeked: Peeked) -> Sidecar | None:
     Raises:
         SidecarError: If there is one that cannot be used.
     """
-    path = Path(model.sidecar).expanduser() if model.sidecar else store.find(peeked.checkpoint)
+    path = store.sidecar_of(model.sidecar, peeked.checkpoint)
     return read(path) if path else None
 
 
@@ -120,8 +120,8 @@ def sidecar_or_reason(model: RecipeModel) -> tuple[Sidecar | None, str]:
     """The sidecar of a model of a recipe for whatever method, else why there is none to be read."""
     try:
         # A recipe for the diagonal names a sidecar of the other kind.
-        path = Path(model.sidecar).expanduser() if model.sidecar and model.kind == "mask" else None
-        path = path or store.find(peek(model.name).checkpoint)
+        named = model.sidecar if model.kind == "mask" else None
+        path = store.sidecar_of(named, peek(model.name).checkpoint)
         return (read(path), "") if path else (None, f"{model.name} has no sidecar.")
     except FisherMaskError as error:
         return None, str(error)

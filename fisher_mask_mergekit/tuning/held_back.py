@@ -1,12 +1,13 @@
 """Rows to tune on: of each model's training data those that were not measured on, and never those reported on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from sys import maxsize
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import locate
-from fisher_mask_mergekit.data import DataSpec, load_samples, parse_spec, row_lines
+from fisher_mask_mergekit.data import DataSpec, load_samples, load_texts, parse_spec
 from fisher_mask_mergekit.diagonal_sidecar import read_diagonal
 from fisher_mask_mergekit.errors import DataError, FisherMaskError, RecipeError, SidecarError
 from fisher_mask_mergekit.evaluation.plan import Options, Subject, evaluation_data, subject_of
@@ -17,7 +18,29 @@ from fisher_mask_mergekit.sidecar import Measurement, read
 from fisher_mask_mergekit.tasks import task_of
 
 
-def held_back(recipe: Recipe, samples: int, options: Options) -> list[Subject]:
+@dataclass(frozen=True)
+class HeldBack:
+    """What trials are scored on.
+
+    Attributes:
+        subjects: The recipe's models, each with its rows.
+        notes: What could not be made sure of.
+    """
+
+    subjects: Sequence[Subject]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Which rows of a model's data it was measured on: the first ``count`` drawn by ``seed``."""
+
+    seed: int
+    count: int
+    note: str = ""
+
+
+def held_back(recipe: Recipe, samples: int, options: Options) -> HeldBack:
     """What trials are scored on: rows of every model's training data that come after those measured.
 
     A measurement takes the first rows of a seeded permutation of the data; these are the next ones.
@@ -38,18 +61,19 @@ def held_back(recipe: Recipe, samples: int, options: Options) -> list[Subject]:
                 "add  fisher: {data: DATASET}  beside it"
             )
     _refuse_reporting_data(recipe, models)
-    names = short_names([model.name for model in models])
-    found = [_subject(name, model, samples, options) for name, model in zip(names, models, strict=True)]
-    for subject in found:
-        _refuse_reported_rows(recipe, subject)
-    return found
+    subjects, notes = [], []
+    for name, model in zip(short_names([model.name for model in models]), models, strict=True):
+        measured = _measured(model, trust_remote_code=options.trust_remote_code)
+        subject = _subject(name, model, samples, measured, options)
+        notes += [measured.note, _refuse_reported_rows(recipe, subject, measured)]
+        subjects.append(subject)
+    return HeldBack(subjects, tuple(note for note in notes if note))
 
 
-def _subject(name: str, model: RecipeModel, samples: int, options: Options) -> Subject:
-    seed, measured = _measured(model, trust_remote_code=options.trust_remote_code)
-    settings = model.request.model_copy(update={"samples": samples, "seed": seed})
+def _subject(name: str, model: RecipeModel, samples: int, measured: _Measured, options: Options) -> Subject:
+    settings = model.request.model_copy(update={"samples": samples, "seed": measured.seed})
     try:
-        return subject_of(name, model, settings, options, skip=measured)
+        return subject_of(name, model, settings, options, skip=measured.count)
     except DataError as error:
         if "none is left" in str(error):
             raise DataError(
@@ -59,55 +83,58 @@ def _subject(name: str, model: RecipeModel, samples: int, options: Options) -> S
         raise
 
 
-def _measured(model: RecipeModel, *, trust_remote_code: bool) -> tuple[int, int]:
-    """Seed and number of the rows measured on: the sidecar's if it was measured on this data, else the recipe's."""
+def _measured(model: RecipeModel, *, trust_remote_code: bool) -> _Measured:
+    """The sidecar's rows if it was measured on this data, else the recipe's."""
     request = model.request
-    known = sidecar_of(model)
-    if known is not None:
-        again = known.settings.model_copy(update={"data": request.data, "samples": known.samples})
-        try:
-            config = load_config(locate(model.name), trust_remote_code=trust_remote_code)
-            drawn = load_samples(again, task_of(config, model.name, again))
-        except FisherMaskError:  # Of other data, whose columns this one does not have.
-            return request.seed, request.samples
-        if drawn.record.digest == known.data.digest:
-            return again.seed, known.samples
-    return request.seed, request.samples
-
-
-def sidecar_of(model: RecipeModel) -> Measurement | None:
-    """What the sidecar that a merge would use says; None if there is none that can be read."""
     path = sidecar_path(model)
+    if path is None:
+        return _Measured(request.seed, request.samples)
     try:
-        if path is None:
-            return None
-        return (read(path) if model.kind == "mask" else read_diagonal(path)).metadata
-    except SidecarError:  # A merge that needs it says so.
-        return None
+        known: Measurement = (read(path) if model.kind == "mask" else read_diagonal(path)).metadata
+    except SidecarError as error:
+        return _Measured(request.seed, request.samples, _unknown(model, str(error)))
+    again = known.settings.model_copy(update={"data": request.data})
+    try:
+        config = load_config(locate(model.name), trust_remote_code=trust_remote_code)
+        drawn = load_samples(again, task_of(config, model.name, again)).record
+    except FisherMaskError as error:  # Of other data, for one, whose columns this one does not have.
+        why = f"measured on '{known.settings.data}', whose rows cannot be drawn from this data ({error})"
+        return _Measured(request.seed, request.samples, _unknown(model, f"{path} was {why}"))
+    if drawn.digest != known.data.digest:
+        why = f"{path} was measured on other rows (of '{known.settings.data}' as it was then)"
+        return _Measured(request.seed, request.samples, _unknown(model, why))
+    # As many as were drawn: those that held nothing to predict are among the first rows too.
+    return _Measured(again.seed, min(again.samples, drawn.rows))
+
+
+def _unknown(model: RecipeModel, why: str) -> str:
+    request = model.request
+    return (
+        f"{model.name}: which rows of '{request.data}' it was measured on is not known: {why}. Held back are those "
+        f"after the first {request.samples} by seed {request.seed}, as the recipe has it"
+    )
 
 
 def sidecar_path(model: RecipeModel) -> Path | None:
     """Where a merge looks for a model's sidecar."""
-    if model.sidecar:
-        return Path(model.sidecar).expanduser()
-    return store.find(locate(model.name), model.kind)
+    return store.sidecar_of(model.sidecar, locate(model.name), model.kind)
 
 
 def _reporting(model: RecipeModel) -> DataSpec | None:
     """What `evaluate` would score a model on; None if that is not said."""
-    try:
-        return parse_spec(evaluation_data(model.request, model.evaluation.eval))
-    except DataError:
+    given = model.evaluation.eval
+    if given is None and parse_spec(model.request.data or "").is_one_table:
         return None
+    return parse_spec(evaluation_data(model.request, given))
 
 
 def _refuse_reporting_data(recipe: Recipe, models: Iterable[RecipeModel]) -> None:
     models = list(models)
     for model in models:
-        own = _tables(parse_spec(model.request.data or ""))
+        own = parse_spec(model.request.data or "")
         for other in models:
             spec = _reporting(other)
-            if spec is not None and own & _tables(spec):
+            if spec is not None and _overlap(own, spec):
                 raise RecipeError(
                     f"{recipe.path}: a tuning run was asked to use the reporting split: {model.name} has data "
                     f"'{model.request.data}', which is what merges are evaluated on for {other.name}; give it its "
@@ -115,36 +142,50 @@ def _refuse_reporting_data(recipe: Recipe, models: Iterable[RecipeModel]) -> Non
                 )
 
 
-def _tables(spec: DataSpec) -> set[tuple[object, ...]]:
-    """What names a data set's tables alike however they are written; the revision does not count."""
-    splits = spec.split.split("+")
-    if not spec.is_local:
-        return {(spec.path, spec.config or "default", split) for split in splits}
+def _overlap(one: DataSpec, other: DataSpec) -> bool:
+    """Whether two names are of the same rows, or of some that are among the other's; the revision does not count."""
+    return any(
+        place == where and (split == part or "all" in (split, part))
+        for place, split in _tables(one)
+        for where, part in _tables(other)
+    )
+
+
+def _tables(spec: DataSpec) -> Iterator[tuple[object, str]]:
+    """What names a data set's tables alike however they are written: where each is, and which split of that."""
     path = Path(spec.path).resolve()
     if path.is_file():
         state = path.stat()  # Another name of the same file is the same file.
-        return {(state.st_dev, state.st_ino)}
-    if spec.is_one_table:
-        return {(str(path),)}
-    if (path / "dataset_dict.json").is_file():
-        return {(str(path / split),) for split in splits}
-    return {(str(path), spec.config or "default", split) for split in splits}
+        yield (state.st_dev, state.st_ino), ""
+    elif spec.is_one_table:
+        yield str(path), ""
+    elif (path / "dataset_dict.json").is_file():
+        yield from ((str(path / split), "") for split in spec.split.split("+"))
+    else:
+        place = str(path) if spec.is_local else spec.path
+        yield from (((place, spec.config or "default"), split) for split in spec.split.split("+"))
 
 
-def _refuse_reported_rows(recipe: Recipe, subject: Subject) -> None:
-    """Where the reporting split is a local table: rows that are in it too, under whatever name."""
+def _refuse_reported_rows(recipe: Recipe, subject: Subject, measured: _Measured) -> str:
+    """Rows that are in the reporting split too, under whatever name and whatever label; a note if it cannot be read."""
     spec = _reporting(subject.model)
-    if spec is None or not spec.is_local:
-        return
-    settings = subject.settings.model_copy(update={"data": spec.text, "samples": maxsize})
+    if spec is None:
+        return ""
+    own = load_texts(subject.settings, subject.task, skip=measured.count)
     try:
-        reported = load_samples(settings, subject.task)
-    except DataError:  # `evaluate` will say so.
-        return
-    lines = set(row_lines(reported.texts, reported.labels))
-    both = sum(line in lines for line in row_lines(subject.samples.texts, subject.samples.labels))
-    if both:
-        raise DataError(
-            f"{recipe.path}: {both} of {len(subject.samples.labels)} rows held back of '{subject.settings.data}' are also "
-            f"in the reporting split '{spec.text}'; take them out of one of the two"
+        reported = set(
+            load_texts(
+                subject.settings.model_copy(update={"data": spec.text, "samples": maxsize}), subject.task
+            )
         )
+    except DataError as error:
+        return (
+            f"{subject.model.name}: its held-back rows were not compared with those of the reporting split "
+            f"'{spec.text}': {error}"
+        )
+    if both := sum(text in reported for text in own):
+        raise DataError(
+            f"{recipe.path}: {both} of {len(own)} rows held back of '{subject.settings.data}' are also in the reporting "
+            f"split '{spec.text}'; take them out of one of the two"
+        )
+    return ""

@@ -2,10 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fisher_mask_mergekit.errors import RecipeError
@@ -67,6 +70,30 @@ class Study(_Record):
         return self.model_copy(update=changes)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other runs from the study at ``path`` meanwhile. The system lets go of it when a process ends, however it does.
+
+    Raises:
+        RecipeError: If another run has it, or it cannot be kept from others.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RecipeError(
+            f"another run of mergekit-fisher tune is at {path}; wait until it ends, or choose another OUT"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise RecipeError(
+            f"cannot lock {lock.lock_file}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_study(path: Path, key: Mapping[str, str]) -> Study:
     """The study at ``path``, or a new one.
 
@@ -119,7 +146,7 @@ def suggest(own: Coefficients, choices: Sequence[str], trials: Sequence[Trial], 
     """What to try next.
 
     The sampler is made anew from ``seed`` and the trials' number, so that a run that was interrupted goes on as if it
-    had not been.
+    had not been. No two pairs of these share their numbers.
 
     Args:
         own: The recipe's coefficients.
@@ -141,9 +168,10 @@ def suggest(own: Coefficients, choices: Sequence[str], trials: Sequence[Trial], 
     }
     if choices:
         distributions["normalize"] = optuna.distributions.CategoricalDistribution(choices)
+    own_seed = numpy.random.SeedSequence([seed, len(trials)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(seed=seed + len(trials), multivariate=True)
+        sampler = optuna.samplers.TPESampler(seed=int(own_seed.generate_state(1)[0]), multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in trials:
         study.add_trial(_frozen(optuna, trial, distributions))

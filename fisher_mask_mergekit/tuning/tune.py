@@ -4,7 +4,8 @@ import hashlib
 import importlib
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,9 @@ from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.store import check_writable, write_whole
 from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
-from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
+from fisher_mask_mergekit.tuning.study import Study, alone, read_study, save_study, suggest
 from fisher_mask_mergekit.tuning.trials import own_scores, refuse_tokenizer, run_trial
-from fisher_mask_mergekit.tuning.written import written
+from fisher_mask_mergekit.tuning.written import with_coefficients, written
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Tuning:
         options: How to evaluate.
         device: Where.
         study: The trials so far.
+        notes: What could not be made sure of.
     """
 
     recipe: Recipe
@@ -47,6 +49,26 @@ class Tuning:
     options: Options
     device: torch.device
     study: Study
+    notes: tuple[str, ...]
+
+    @property
+    def rows(self) -> str:
+        """What is held back, in words."""
+        return ", ".join(
+            f"{len(one.samples.labels)} of {one.settings.data} ({one.name})" for one in self.subjects
+        )
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other runs from what belongs to ``out`` meanwhile; whoever prepares and runs does it in here.
+
+    Raises:
+        RecipeError: If another run has it, or it cannot be written.
+    """
+    check_writable(out, study_file(out), is_recipe=True)
+    with alone(study_file(out)):
+        yield
 
 
 def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: torch.device) -> Tuning:
@@ -72,13 +94,14 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     # That the best can be written is not found out last: all lambdas apart, and a normalize that must be said.
     apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
     written(recipe, text, own.at(apart, (normalizations(recipe.method) or (None,))[-1]), [])
-    subjects = held_back(recipe, samples, options)
+    held = held_back(recipe, samples, options)
+    subjects = held.subjects
     refuse_tokenizer(recipe, subjects)
     study = read_study(study_path, _key(recipe, subjects, samples, options, device))
     if out.exists() and _digest(out.read_bytes()) not in study.written:
         raise RecipeError(f"{out} exists, and is not what this run wrote; remove it, or choose another OUT")
     save_study(study, study_path)  # That it can be is not found out after the first trial.
-    return Tuning(recipe, text, out, own, subjects, options, device, study)
+    return Tuning(recipe, text, out, own, subjects, options, device, study, held.notes)
 
 
 def _import_extra() -> None:
@@ -144,14 +167,11 @@ def _write_best(tuning: Tuning, study: Study) -> Study:
 def _notes(tuning: Tuning, study: Study) -> list[str]:
     """What the tuned recipe says on top of itself."""
     best, first = study.best, study.trials[0]
-    rows = ", ".join(
-        f"{len(one.samples.labels)} of {one.settings.data} ({one.name})" for one in tuning.subjects
-    )
     command = f"mergekit-fisher tune {shlex.quote(str(tuning.recipe.path))}"
     return [
         f"{command}: trial {best.number}, the best of {len(study.trials)}: mean normalised score "
         f"{described(best.value)}; the recipe as it is: {described(first.value)}",
-        f"on held-back rows of the training data: {rows}",
+        f"on held-back rows of the training data: {tuning.rows}",
     ]
 
 
@@ -169,7 +189,8 @@ def _key(
     recipe: Recipe, subjects: Sequence[Subject], samples: int, options: Options, device: torch.device
 ) -> dict[str, str]:
     """All that trials depend on, by what it is."""
-    key = {"recipe": _digest(json.dumps(recipe.document, sort_keys=True, default=str).encode())}
+    document = with_coefficients(recipe, None)  # Not so large that it cannot be written out.
+    key = {"recipe": _digest(json.dumps(document, sort_keys=True, default=str).encode())}
     for model in recipe.models:
         parts = checkpoint_parts(locate(model.name))
         parts.pop("versions")
