@@ -1,21 +1,22 @@
 """The demo, at a scale where nothing is learnt: what it writes and says, not how good it is."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fisher_mask_mergekit.demo import commands, run_demo, story
-from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, NORMALIZED, OWN, Results
 from fisher_mask_mergekit.demo.sizes import Sizes
 from fisher_mask_mergekit.demo.story import TASKS
-from fisher_mask_mergekit.demo.training import Rows, correct, train_tokenizer
-from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError
+from fisher_mask_mergekit.demo.training import train_tokenizer
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
 
 TINY = Sizes(
     vocabulary=300,
@@ -30,6 +31,7 @@ TINY = Sizes(
     train_rows=192,
     held_out_rows=120,
 )
+MERGES = ("average", "fisher_mask", "normalized")
 LABELS = {"banking77": 20, "clinc150": 30}
 
 
@@ -45,7 +47,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     out = tmp_path_factory.mktemp("work") / "demo"
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(1)  # Tensors this small gain nothing, and busy neighbours make threads wait.
-    run_demo(out, lines.append, TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        # The cache of each test is set up after what tests share.
+        patch.setenv("FISHER_MASK_CACHE", str(out.parent / "cache"))
+        run_demo(out, lines.append, TINY)
     torch.set_num_threads(threads)
     torch.testing.assert_close(torch.get_rng_state(), state)
     return Told(out, lines)
@@ -56,47 +61,70 @@ def test_says_the_commands_it_runs(told: Told) -> None:
     for command in (
         "mergekit-fisher init",
         "mergekit-fisher compute",
+        "mergekit-fisher check",
+        "mergekit-fisher inspect",
         "mergekit-yaml",
         "mergekit-fisher heads",
+        "mergekit-fisher evaluate",
     ):
         assert f"$ {command} {told.out}" in text
     for name in ("banking77", "clinc150"):
         assert f"{told.out / 'models' / name}: 128 samples, accuracy" in text
 
 
-def test_table_is_shown_and_written(told: Told) -> None:
+def test_printed_commands_write_the_recipes(told: Told, tmp_path: Path) -> None:
+    written = [line.strip() for line in told.lines if " > " in line]
+    assert len(written) == 3
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for line in written:
+        command = line.removeprefix("$ ").replace(f" > {told.out}/", f" > {tmp_path}/")
+        subprocess.run(["sh", "-c", command], env=os.environ | {"PATH": path}, check=True)
+    assert sorted(file.name for file in tmp_path.glob("*.yml")) == sorted(
+        file.name for file in told.out.glob("*.yml")
+    )
+    for file in tmp_path.glob("*.yml"):
+        assert file.read_text() == (told.out / file.name).read_text()
+
+
+def test_scores_are_shown_and_written(told: Told) -> None:
     record = json.loads((told.out / "results.json").read_text())
-    markdown = (told.out / "results.md").read_text()
-    assert list(record["accuracy"]) == [OWN, AVERAGE, MERGED, NORMALIZED]
-    assert record["held_out_rows"] == {"banking77": 120, "clinc150": 120}
-    assert record["normalised_mean"][OWN] == {"value": pytest.approx(100), "error": pytest.approx(0)}
-    for line, accuracies in record["accuracy"].items():
-        row = next(row for row in markdown.splitlines() if row.startswith(f"| {line} "))
-        assert row in "\n".join(told.lines)
-        for task in TASKS:
-            assert f"{accuracies[task]['value']:.3f} ± {accuracies[task]['error']:.3f}" in row
-    assert "Held-out rows: 120 of banking77, 120 of clinc150" in markdown
+    assert record["merges"] == list(MERGES)
+    assert [(one["merge"], one["minus"]) for one in record["differences"]] == [
+        ("fisher_mask", "average"),
+        ("normalized", "average"),
+    ]
+    assert [(task["task"], task["rows"], task["data"]) for task in record["tasks"]] == [
+        (task, 120, str(told.out / "data" / f"{task}_held_out.jsonl")) for task in TASKS
+    ]
+    assert (told.out / "results.md").read_text() in "\n".join(told.lines)
 
 
 def test_written_accuracies_are_the_checkpoints_own(told: Told) -> None:
+    """Found here with transformers alone, of the checkpoint that a user would take for a task."""
     record = json.loads((told.out / "results.json").read_text())
-    folders = ("models", "tasks/average", "tasks/fisher_mask", "tasks/normalized")
-    for line, folder in zip((OWN, AVERAGE, MERGED, NORMALIZED), folders, strict=True):
-        for task in TASKS:
-            rows = [
-                json.loads(row)
-                for row in (told.out / "data" / f"{task}_held_out.jsonl").read_text().splitlines()
-            ]
-            held_out = Rows(tuple(row["text"] for row in rows), tuple(row["label"] for row in rows))
-            found = correct(told.out / folder / task, held_out).mean()
-            assert found == pytest.approx(record["accuracy"][line][task]["value"])
+    folders = {"fine-tuned": "models"} | {merge: f"tasks/{merge}" for merge in MERGES}
+    for task in record["tasks"]:
+        rows = (told.out / "data" / f"{task['task']}_held_out.jsonl").read_text().splitlines()
+        held_out = [json.loads(row) for row in rows]
+        for line, folder in folders.items():
+            found = accuracy(told.out / folder / task["task"], held_out)
+            assert task["scores"]["accuracy"][line]["value"] == pytest.approx(found), (task["task"], line)
 
 
-@pytest.mark.parametrize("merge", ["average", "fisher_mask", "normalized"])
+def accuracy(folder: Path, rows: list[dict[str, str]]) -> float:
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [row["text"] for row in rows]
+    inputs = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        found = model(**inputs).logits.argmax(-1).tolist()
+    names = [model.config.id2label[index] for index in found]
+    return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
+
+
+@pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("task", TASKS)
 def test_checkpoint_per_task_loads_complete(told: Told, merge: str, task: str) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     folder = told.out / "tasks" / merge / task
     model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
@@ -117,15 +145,15 @@ def test_merges_are_what_they_are_called(told: Told) -> None:
     own = [load_file(told.out / "models" / task / "model.safetensors") for task in TASKS]
     merges = {
         name: load_file(told.out / "tasks" / name / TASKS[0] / "model.safetensors")
-        for name in (AVERAGE, MERGED)
+        for name in ("average", "fisher_mask")
     }
     for kind in ("query", "value"):
         name = f"bert.encoder.layer.1.attention.self.{kind}.weight"
         mean = (own[0][name] + own[1][name]) / 2
-        torch.testing.assert_close(merges[AVERAGE][name], mean)
-        assert (merges[MERGED][name] - mean).abs().max() < 1e-6 or kind == "query"
+        torch.testing.assert_close(merges["average"][name], mean)
+        assert (merges["fisher_mask"][name] - mean).abs().max() < 1e-6 or kind == "query"
         if kind == "query":
-            assert (merges[MERGED][name] - mean).abs().max() > 1e-4
+            assert (merges["fisher_mask"][name] - mean).abs().max() > 1e-4
 
 
 def test_every_place_it_names_is_there(told: Told) -> None:
@@ -137,7 +165,8 @@ def test_every_place_it_names_is_there(told: Told) -> None:
     for name in names:
         assert (told.out / name).exists(), name
     assert (told.out / "fisher.png").read_bytes().startswith(b"\x89PNG")
-    assert (told.out / "report.html").read_text().count('class="model"') == 2
+    for page in ("report.html", "fisher.html"):
+        assert (told.out / page).read_text().count('class="model"') == 2
     assert not list(told.out.rglob(".*")), "a temporary file was left"
 
 
@@ -200,66 +229,3 @@ def test_bundled_data_is_small_and_labelled_by_name() -> None:
         assert names["train"] == names["held_out"]
         assert len(names["train"]) == LABELS[task]
         assert not {row["text"] for row in rows["train"]} & {row["text"] for row in rows["held_out"]}
-
-
-def _results(seed: int, rows: int = 400) -> Results:
-    generator = numpy.random.default_rng(seed)
-    own, average = generator.random(rows) < 0.9, generator.random(rows) < 0.6
-    better = average | (generator.random(rows) < 0.1)
-    return Results(
-        {
-            OWN: {"a": own, "b": own},
-            AVERAGE: {"a": average, "b": ~own},
-            MERGED: {"a": better, "b": ~own},
-            NORMALIZED: {"a": average, "b": ~own},
-        }
-    )
-
-
-@pytest.mark.parametrize(("line", "minus"), [(OWN, None), (AVERAGE, None), (MERGED, None), (MERGED, AVERAGE)])
-def test_standard_error_is_that_of_redrawn_rows(line: str, minus: str | None) -> None:
-    results = _results(0)
-    generator = numpy.random.default_rng(1)
-    values = []
-    for _ in range(1000):
-        drawn = {task: generator.integers(400, size=400) for task in "ab"}
-        redrawn = Results(
-            {
-                name: {task: rows[drawn[task]] for task, rows in of.items()}
-                for name, of in results.correct.items()
-            }
-        )
-        values.append(redrawn.normalised_mean(line, minus).value)
-    assert results.normalised_mean(line, minus).error == pytest.approx(numpy.std(values), rel=0.1, abs=1e-9)
-
-
-def test_normalised_mean_by_hand() -> None:
-    def rows(right: int) -> numpy.ndarray:
-        return numpy.arange(10) < right
-
-    results = Results(
-        {
-            OWN: {"a": rows(8), "b": rows(5)},
-            AVERAGE: {"a": rows(4), "b": rows(5)},
-            MERGED: {"a": rows(6), "b": rows(4)},
-        }
-    )
-    assert results.normalised_mean(AVERAGE).value == pytest.approx(75)
-    assert results.normalised_mean(MERGED).value == pytest.approx((75 + 80) / 2)
-    assert results.normalised_mean(MERGED, AVERAGE).value == pytest.approx(2.5)
-    assert results.accuracy(OWN, "a").error == pytest.approx((0.8 * 0.2 / 10) ** 0.5)
-
-
-def test_noise_is_not_called_a_gain() -> None:
-    results = _results(0)
-    first, second = (line for line in results.caution().splitlines() if "minus average" in line)
-    assert first.startswith(f"{MERGED} minus")
-    assert "beyond two standard errors" in first
-    assert second.startswith(f"{NORMALIZED} minus")
-    assert "cannot tell the two merges apart" in second
-
-
-def test_model_that_is_never_right() -> None:
-    never = {"a": numpy.zeros(5, bool)}
-    with pytest.raises(MeasurementError, match="fine-tuned on a is right on none of 5 rows"):
-        Results({OWN: never, AVERAGE: never, MERGED: never}).normalised_mean(AVERAGE)

@@ -12,7 +12,8 @@ from fisher_mask_mergekit.errors import RecipeError
 def run_demo(out: Path, say: Callable[[str], None], sizes: Sizes | None = None) -> None:
     """Train a small BERT on two tasks, measure, merge with ``mergekit-yaml``, and compare on held-out rows.
 
-    Needs no network. Measuring and merging are the real commands, run as a user would run them.
+    Needs no network. Measuring, merging and evaluating are the real commands, run as a user would
+    run them.
 
     Args:
         out: Where to work; must not exist. Removed again if a step fails.

@@ -21,9 +21,9 @@ _ENVIRONMENT = {
 }
 
 
-def spell(command: Sequence[str], to: Path | None = None) -> str:
-    """A command as one would type it, with where its output goes."""
-    return f"    $ {shlex.join(command)}" + (f" > {shlex.quote(str(to))}" if to else "")
+def spell(*piped: Sequence[str], to: Path | None = None) -> str:
+    """A command as one would type it, or several that each read what the one before writes, and where that goes."""
+    return f"    $ {' | '.join(map(shlex.join, piped))}" + (f" > {shlex.quote(str(to))}" if to else "")
 
 
 def run_command(command: Sequence[str]) -> str:

@@ -1,30 +1,25 @@
 """The demo step by step, with the commands a user would type."""
 
 import json
+import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
-from fisher_mask_mergekit import store
-from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.demo.commands import run_command, spell
-from fisher_mask_mergekit.demo.results import AVERAGE, MERGED, NORMALIZED, OWN, Results
 from fisher_mask_mergekit.demo.sizes import SEED, Sizes
-from fisher_mask_mergekit.demo.training import Rows, correct, fine_tune, pretrain, train_tokenizer
+from fisher_mask_mergekit.demo.training import Rows, fine_tune, pretrain, train_tokenizer
 from fisher_mask_mergekit.draft import draft_recipe
-from fisher_mask_mergekit.pages.fisher_pictures import head_fisher_map
-from fisher_mask_mergekit.pages.inspect_page import recipe_page
-from fisher_mask_mergekit.preview.inspection import recipe_shares
-from fisher_mask_mergekit.recipe import METHOD, read_recipe
-from fisher_mask_mergekit.sidecar import read
-from fisher_mask_mergekit.store import write_result
+from fisher_mask_mergekit.recipe import METHOD
 
 TASKS = ("banking77", "clinc150")
-_MERGES = {AVERAGE: "average", MERGED: "fisher_mask", NORMALIZED: "normalized"}
+# The first is what the others are compared with.
 _RECIPES = {"average": "average.yml", "fisher_mask": "recipe.yml", "normalized": "normalized.yml"}
+# What is evaluated on lies beside what was trained on. The pattern means the same to Python and to `sed -E`.
+_TRAIN, _AND_HELD_OUT = r'"(.*)_train\.jsonl"', r', eval: "\1_held_out.jsonl"'
 _ALIKE = "parameters: {normalize: model}"
 Say = Callable[[str], None]
 
@@ -48,29 +43,15 @@ def tell(out: Path, say: Say, sizes: Sizes) -> None:
         f"{len(task.held_out.texts)} held-out rows"
         for task in tasks
     )
-    say(f"[1/7] Two tasks of real text: {counts}.")
+    say(f"[1/6] Two tasks of real text: {counts}.")
     _train(out, tasks, say, sizes)
     _draft(out, say)
-    say("[4/7] Measure the Fisher information of both models' mask nodes, and see whether the merge will do.")
-    for name in ("compute", "check"):
-        command = ["mergekit-fisher", name, str(out / "recipe.yml")]
-        say(spell(command))
-        for line in run_command(command).splitlines():
-            say(f"    {line}")
+    _measure(out, say)
     _merge(out, say)
-    say("[6/7] Evaluate on the held-out rows.")
-    lines = {OWN: "models"} | {line: f"tasks/{name}" for line, name in _MERGES.items()}
-    results = Results(
-        {
-            line: {task.name: correct(out / folder / task.name, task.held_out) for task in tasks}
-            for line, folder in lines.items()
-        }
-    )
-    say("[7/7] Draw what was measured, write the table.")
-    _write(out, results, sizes)
-    say(f"\n{results.table()}\n\n{results.caution()}\n")
+    _evaluate(out, say)
     say(_where(out))
-    say(f"Done in {time.perf_counter() - started:.0f} s.")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("mergekit", "torch", "transformers"))
+    say(f"Done in {time.perf_counter() - started:.0f} s, with seed {SEED}, {versions}.")
 
 
 def _bring(name: str, folder: Path, sizes: Sizes) -> _Task:
@@ -92,7 +73,7 @@ def _bring(name: str, folder: Path, sizes: Sizes) -> _Task:
 
 def _train(out: Path, tasks: list[_Task], say: Say, sizes: Sizes) -> None:
     say(
-        f"[2/7] Make a BERT of {sizes.layers} layers with {sizes.heads} heads and {sizes.neurons} neurons each: "
+        f"[2/6] Make a BERT of {sizes.layers} layers with {sizes.heads} heads and {sizes.neurons} neurons each: "
         "masked-LM training on both tasks' training texts, then fine-tuning on each task."
     )
     texts = [text for task in tasks for text in task.train.texts]
@@ -116,57 +97,59 @@ def _draft(out: Path, say: Say) -> None:
     recipe, average, normalized = (out / _RECIPES[name] for name in ("fisher_mask", "average", "normalized"))
     method, plain = f"merge_method: {METHOD}", "merge_method: linear"
     say(
-        "[3/7] Write the recipe, a second one that only averages, and a third that lets each model count alike."
+        "[3/6] Write the recipe, a second one that only averages, and a third that lets each model count alike."
     )
-    say(spell(["mergekit-fisher", "init", *models, *options], to=recipe))
+    init = ["mergekit-fisher", "init", *models, *options]
+    say(spell(init, ["sed", "-E", f"s/{_TRAIN}/&{_AND_HELD_OUT}/"], to=recipe))
     say(spell(["sed", f"s/{method}/{plain}/", str(recipe)], to=average))
     say(spell(["sed", f"$a {_ALIKE}", str(recipe)], to=normalized))
-    text = draft_recipe(models, data)
+    text = re.sub(_TRAIN, rf"\g<0>{_AND_HELD_OUT}", draft_recipe(models, data))
     recipe.write_text(text, encoding="utf-8")
     average.write_text(text.replace(method, plain), encoding="utf-8")
     normalized.write_text(f"{text}{_ALIKE}\n", encoding="utf-8")
 
 
+def _measure(out: Path, say: Say) -> None:
+    say(
+        "[4/6] Measure and draw the Fisher information of both models' mask nodes; see whether the merge will do."
+    )
+    recipe = str(out / "recipe.yml")
+    for name in ("compute", "check"):
+        for line in _run(["mergekit-fisher", name, recipe], say).splitlines():
+            say(f"    {line}")
+    pictures = ["--html", str(out / "fisher.html"), "--png", str(out / "fisher.png")]
+    _run(["mergekit-fisher", "inspect", recipe, *pictures], say)
+
+
 def _merge(out: Path, say: Say) -> None:
-    say("[5/7] Merge with each recipe; give each task its own head on the merged encoder.")
+    say("[5/6] Merge with each recipe; give each task its own head on the merged encoder.")
     for name, recipe in _RECIPES.items():
         merged = str(out / "merged" / name)
-        for command in (
-            ["mergekit-yaml", str(out / recipe), merged],
-            ["mergekit-fisher", "heads", str(out / recipe), merged, str(out / "tasks" / name)],
-        ):
-            say(spell(command))
-            run_command(command)
+        _run(["mergekit-yaml", str(out / recipe), merged], say)
+        _run(["mergekit-fisher", "heads", str(out / recipe), merged, str(out / "tasks" / name)], say)
 
 
-def _write(out: Path, results: Results, sizes: Sizes) -> None:
-    """The pictures, and the table for people and for programs."""
-    sidecars = {}
-    for name in TASKS:
-        path = store.find(locate(str(out / "models" / name)))
-        assert path is not None, "compute has just written it"
-        sidecars[name] = read(path)
-    head_fisher_map(sidecars, out / "fisher.png")
-    page = recipe_page("recipe.yml", *recipe_shares(read_recipe(out / "recipe.yml")))
-    write_result(out / "report.html", page.encode())
-    record = {
-        **results.record(),
-        "seed": SEED,
-        "sizes": asdict(sizes),
-        "versions": {name: version(name) for name in ("mergekit", "torch", "transformers")},
-    }
-    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(
-        f"# Two tasks, one encoder\n\n{results.table()}\n\n{results.caution()}\n\n"
-        "![Fisher information of the mask nodes](fisher.png)\n",
-        encoding="utf-8",
+def _evaluate(out: Path, say: Say) -> None:
+    say("[6/6] Score the merges on the held-out rows, beside each task's own model.")
+    merged = [str(out / "merged" / name) for name in _RECIPES]
+    files = {"--json": "results.json", "--markdown": "results.md", "--html": "report.html"}
+    options = [word for option, name in files.items() for word in (option, str(out / name))]
+    table = _run(["mergekit-fisher", "evaluate", str(out / "recipe.yml"), *merged, *options], say)
+    say(
+        f"\n{table}\nNormalised: per cent of the fine-tuned model's own accuracy. A tie: the interval contains 0.\n"
     )
+
+
+def _run(command: Sequence[str], say: Say) -> str:
+    say(spell(command))
+    return run_command(command)
 
 
 def _where(out: Path) -> str:
     places: Mapping[str, str] = {
-        "results.md, results.json": "the table",
-        "report.html": "a page with each model's Fisher information and its share of every layer",
+        "results.md, results.json": "the scores",
+        "report.html": "a page with the scores, side by side",
+        "fisher.html": "a page with each model's Fisher information and its share of every layer",
         "fisher.png": "the Fisher information of each model's mask nodes",
         "recipe.yml, average.yml, normalized.yml": "the recipes",
         "data/": "the bundled rows; the package's NOTICE names their authors and licences",

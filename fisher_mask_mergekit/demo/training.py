@@ -1,4 +1,4 @@
-"""A small BERT from bundled text alone: tokenizer, masked-LM training, fine-tuning, evaluation."""
+"""A small BERT from bundled text alone: tokenizer, masked-LM training, fine-tuning."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,20 +155,6 @@ def fine_tune(rows: Rows, labels: Sequence[str], parent: Path, sizes: Sizes, fol
 
     _train(model, loss, _lengths(encoded), sizes.batch_size, sizes.fine_tuning_epochs, sizes.fine_tuning_rate)
     _save(model, tokenizer, folder)
-
-
-def correct(folder: Path, rows: Rows) -> numpy.ndarray:
-    """Which rows a checkpoint classifies as labelled, ``[N]``, bool; labels are matched by name."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encoded = _encode(rows.texts, tokenizer)
-    targets = [model.config.label2id[name] for name in rows.labels]
-    found: list[int] = []
-    with torch.inference_mode():
-        for start in range(0, len(encoded), 64):
-            batch = tokenizer.pad(encoded[start : start + 64], return_tensors="pt")
-            found += model(**batch).logits.argmax(-1).tolist()
-    return numpy.array(found) == numpy.array(targets)
 
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> list[dict[str, list[int]]]:
