@@ -136,7 +136,8 @@ def compare(setting: Bench, groups: Iterable[Sequence[Subject]], ways: Sequence[
         ways: The first is what the others are compared with.
 
     Returns:
-        Per group, ``models`` and ``results``, as ``mergekit-fisher evaluate --json`` writes them.
+        Per group, ``models`` and ``results``: what tables need of what ``mergekit-fisher evaluate --json`` writes. The
+        rest stays in the work folder.
     """
     found = []
     for group in groups:
@@ -147,8 +148,23 @@ def compare(setting: Bench, groups: Iterable[Sequence[Subject]], ways: Sequence[
             record = {"models": [one.name for one in group], "results": results}
             write_whole(path, json.dumps(record).encode())
             print(f"{' + '.join(record['models'])}: {time.perf_counter() - started:.0f} s", flush=True)
-        found.append(json.loads(path.read_text()))
+        known = json.loads(path.read_text())
+        found.append({"models": known["models"], "results": _shown(known["results"])})
     return found
+
+
+def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "merges": results["merges"],
+        "tasks": [
+            {name: one[name] for name in ("task", "rows", "metrics", "normalised")}
+            for one in results["tasks"]
+        ],
+        "differences": [
+            {name: one[name] for name in ("merge", "minus", "normalised_mean")}
+            for one in results["differences"]
+        ],
+    }
 
 
 def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way]) -> str:

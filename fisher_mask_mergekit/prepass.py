@@ -112,10 +112,10 @@ def compute(
 def _replaced(job: Job) -> list[str]:
     """That an earlier measurement with other settings goes, and which settings those are."""
     try:
-        earlier = read(job.target).metadata.settings.model_dump()
+        earlier = read(job.target).metadata.settings.model_dump(mode="json")
     except SidecarError:
         return []
-    now = job.settings.model_dump()
+    now = job.settings.model_dump(mode="json")
     other = [f"{name} {earlier[name]!r}" for name in now if earlier[name] != now[name]]
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 

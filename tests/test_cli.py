@@ -118,6 +118,9 @@ def test_the_same_request_is_served_and_another_or_force_or_a_change_measures_an
     assert again()
     assert not again("--seed", "1")
     assert again("--seed", "1")
+    assert not again("--seed", "1", "--label-map", "0=0,1=1")
+    assert again("--seed", "1", "--label-map", "0=0,1=1")
+    assert not again("--seed", "1")
     assert not again("--seed", "1", "--force")
     tiny.write_data(data, seed=5)
     assert not again("--seed", "1")
@@ -520,3 +523,13 @@ def test_version_and_help() -> None:
 
     assert run("--version").stdout == f"{__version__}\n"
     assert "compute" in run("--help").stdout
+
+
+def test_a_label_map_of_numbers_is_the_same_request_again(model: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yml"
+    fisher = f"{{data: {data}, samples: 8, label_map: {{0: 1, 1: 0}}}}"
+    recipe.write_text(f"merge_method: fisher_mask\nmodels:\n  - {{model: {model}, fisher: {fisher}}}\n")
+    assert "measured before" not in run("compute", recipe).stdout
+    again = run("compute", recipe)
+    assert "measured before" in again.stdout
+    assert "replaced" not in again.stderr
