@@ -189,6 +189,11 @@ def main() -> None:
     setting = bench(given)
     ways = ways_of([int(count) for count in given.samples.split(",")])
     found = compare(setting, list(combinations(setting.subjects, 2)), ways)
+    if not given.no_costs:
+        print(
+            f"measuring times and FLOPs of {COSTED} samples, {REPEATS} times (--no-costs leaves them out)",
+            flush=True,
+        )
     costed = [] if given.no_costs else [make(COSTED) for make in WAYS.values()]
     record = {
         "recipe": given.recipe.stem,

@@ -652,10 +652,12 @@ def test_files_that_are_in_the_way(drafted: Path) -> None:
     (work / "folder.yml").mkdir()
     assert "it is a folder" in refused(drafted, out="folder.yml")
     before = drafted.read_bytes()
-    assert "recipe.yml exists, and no study beside it" in refused(drafted, out="recipe.yml")
+    assert "recipe.yml is the recipe itself; choose another OUT" in refused(drafted, out="recipe.yml")
+    (work / "other.yml").write_text("The user's.")
+    assert "other.yml exists, and no study beside it" in refused(drafted, out="other.yml")
     tuned(drafted, 2)
-    shutil.copy(study, work / "recipe.trials.json")
-    assert "recipe.yml exists, and is not what this run wrote" in refused(drafted, out="recipe.yml")
+    shutil.copy(study, work / "other.trials.json")
+    assert "other.yml exists, and is not what this run wrote" in refused(drafted, out="other.yml")
     assert drafted.read_bytes() == before
     out.write_text(out.read_text() + "# The user's.\n")
     assert "tuned.yml exists, and is not what this run wrote; remove it, or choose another OUT" in refused(drafted)  # fmt: skip

@@ -87,6 +87,8 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     _import_extra()
     study_path = study_file(out)
     check_writable(out, study_path, is_recipe=True)
+    if out.resolve() == recipe.path.resolve():
+        raise RecipeError(f"{out} is the recipe itself; choose another OUT")
     if out.exists() and not study_path.exists():
         raise RecipeError(f"{out} exists, and no study beside it; remove it, or choose another OUT")
     own = read_coefficients(recipe)
