@@ -384,6 +384,16 @@ def test_keys_that_nobody_reads(pair: tuple[Path, Path], tmp_path: Path) -> None
     ]
 
 
+def test_a_value_for_the_merge_beside_a_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    models = [{"model": str(model), "parameters": {"weight": 1.0, "normalize": "model"}} for model in pair]
+    recipe = recipe_for(tmp_path, pair, models=models)
+    found = [finding for finding in check_recipe(recipe) if finding.what == "recipe"]
+    assert [finding.detail for finding in found] == [
+        "mergekit ignores 'normalize' beside a model: it is one value for all models"
+    ] * 2
+    assert found[0].remedy == "parameters: {normalize: model} at the top level of the recipe"
+
+
 def test_data_that_is_not_there(pair: tuple[Path, Path], tmp_path: Path) -> None:
     models = [
         {"model": str(pair[0]), "fisher": {"data": str(tmp_path / "none.jsonl")}},

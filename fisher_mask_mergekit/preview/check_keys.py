@@ -11,7 +11,8 @@ from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.recipe import METHOD, Recipe
 from fisher_mask_mergekit.store import adapted
 
-PARAMETERS = ("weight", "sidecar", "normalize", "unmasked", "missing")
+OF_THE_MERGE = ("normalize", "unmasked", "missing")
+PARAMETERS = ("weight", "sidecar", *OF_THE_MERGE)
 
 
 def check_keys(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
@@ -45,12 +46,18 @@ def _sections(part: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _unknown(section: Mapping[str, Any]) -> Iterator[Finding]:
-    parameters = section.get("parameters")
-    for key in parameters if isinstance(parameters, dict) else ():
+    given = section.get("parameters")
+    parameters: dict[Any, Any] = given if isinstance(given, dict) else {}
+    for key in parameters:
         if key not in PARAMETERS:
             yield Finding(
                 "warning", "recipe", f"{METHOD} has no parameter '{key}': mergekit ignores it",
                 f"one of {', '.join(PARAMETERS)}",
+            )  # fmt: skip
+        elif key in OF_THE_MERGE and "model" in section:
+            yield Finding(
+                "warning", "recipe", f"mergekit ignores '{key}' beside a model: it is one value for all models",
+                f"parameters: {{{key}: {parameters[key]}}} at the top level of the recipe",
             )  # fmt: skip
     for key in section:
         if key != "fisher" and get_close_matches(str(key), ["fisher"], cutoff=0.8):
