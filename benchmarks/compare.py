@@ -32,6 +32,7 @@ from fisher_mask_mergekit.in_memory import merge_in_memory
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute, pick_device
 from fisher_mask_mergekit.recipe import read_recipe
+from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Measurement, digest_of
 from fisher_mask_mergekit.store import write_whole
 
@@ -240,8 +241,7 @@ def sidecar(setting: Bench, subject: Subject, way: Way) -> tuple[Path, Measureme
     """What is measured of a checkpoint for a way to merge; measured unless the very same was before."""
     settings = way.settings(subject.model.request, subject.config.num_labels)
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
-    suffix = ".safetensors" if settings.kind == "mask" else ""  # The other kind is a folder.
-    path = setting.work / "sidecars" / subject.name / f"{digest}{suffix}"
+    path = setting.work / "sidecars" / subject.name / sidecar_name(digest, settings)
     key = str(path), subject.model.name
     if key not in setting.sidecars:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,6 +250,11 @@ def sidecar(setting: Bench, subject: Subject, way: Way) -> tuple[Path, Measureme
             print(f"{subject.name}: {note}", file=sys.stderr)
         setting.sidecars[key] = outcome.sidecar.metadata
     return path, setting.sidecars[key]
+
+
+def sidecar_name(stem: str, settings: FisherSettings) -> str:
+    """What a sidecar is to be called: a file, or of the diagonal a folder."""
+    return f"{stem}.safetensors" if settings.kind == "mask" else stem
 
 
 def _parent_recipe(setting: Bench, group: Sequence[Subject], way: Way) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import summary
-from compare import Bench, arguments, bench, compare, write
+from compare import Bench, arguments, bench, compare, sidecar_name, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from ways import AVERAGE, Way, diagonal, mask
@@ -134,8 +134,8 @@ def cost(setting: Bench, subject: Subject, way: Way) -> dict[str, Any]:
     settings = way.settings(subject.model.request, subject.config.num_labels)
 
     def run(folder: Path) -> float:
-        name = "sidecar.safetensors" if settings.kind == "mask" else "sidecar"
-        return compute(prepare(subject.model.name, settings, out=folder / name), setting.device).seconds
+        out = folder / sidecar_name("sidecar", settings)
+        return compute(prepare(subject.model.name, settings, out=out), setting.device).seconds
 
     seconds = []
     for _ in range(REPEATS):

@@ -16,3 +16,17 @@ os.environ |= {"OMP_NUM_THREADS": "1"}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FISHER_MASK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two siblings, each with a sidecar of made-up Fisher information."""
+    # Here, so that the libraries are imported after what is set above.
+    from tests import tiny
+    from tests.test_check import measure
+
+    one = tiny.checkpoint(tmp_path / "one")
+    two = tiny.sibling(tmp_path / "two", one, seed=1)
+    for seed, folder in enumerate((one, two)):
+        measure(folder, seed)
+    return one, two

@@ -51,15 +51,6 @@ def measure(folder: Path, seed: int = 0, **changes: Any) -> Sidecar:
     return sidecar
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    one = tiny.checkpoint(tmp_path / "one")
-    two = tiny.sibling(tmp_path / "two", one, seed=1)
-    for seed, folder in enumerate((one, two)):
-        measure(folder, seed)
-    return one, two
-
-
 def findings(folder: Path, models: Sequence[Path | str], /, **changes: Any) -> list[Finding]:
     return check_recipe(recipe_for(folder, models, **changes))
 

@@ -1,6 +1,5 @@
 """The benchmarks that compare merges, whole, on tiny models."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,10 +9,10 @@ import pytest
 from transformers import AutoModel
 
 from tests import tiny
+from tests.benchmarks import benchmark
 from tests.test_cli import run
 from tests.test_end_to_end import quickly
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WAYS = ["average", "fisher_mask none", "fisher_mask model", "fisher_mask layer", "fisher_diagonal none",
         "fisher_diagonal model", "task_arithmetic", "ties", "dare_ties", "model_stock", "karcher"]  # fmt: skip
 
@@ -22,7 +21,6 @@ WAYS = ["average", "fisher_mask none", "fisher_mask model", "fisher_mask layer",
 def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe of three siblings with two, two and three labels, and their parent."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     first = tiny.checkpoint(tmp_path / "first")
     parent = AutoModel.from_pretrained(first)
     parent.save_pretrained(tmp_path / "parent")
@@ -41,7 +39,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def script(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [name, "recipe.yml", "--device", "cpu", *arguments])
-    importlib.import_module(name).main()
+    benchmark(name).main()
 
 
 def values(results: dict[str, Any], line: str) -> list[float]:
@@ -85,7 +83,7 @@ def test_many_is_what_the_commands_give(
 
 
 def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paper = importlib.import_module("paper")
+    paper = benchmark("paper")
     monkeypatch.setattr(paper, "COSTED", 8)
     script("paper", "--work", "work", "--samples", "4,8", "--pooler", "average", monkeypatch=monkeypatch)
     found = json.loads(Path("work/paper.json").read_text())
@@ -104,11 +102,7 @@ def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_published_figures_stand_beside_the_papers_own_checkpoints() -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        paper = importlib.import_module("paper")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    paper = benchmark("paper")
     ways = paper.ways_of([128, 2048, 32768])
     named = {way.name: paper.published("bert-base", way.name) for way in ways}
     assert named["average"] == "91.2"
@@ -119,7 +113,7 @@ def test_published_figures_stand_beside_the_papers_own_checkpoints() -> None:
 
 
 def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = importlib.import_module("choices")
+    choices = benchmark("choices")
     monkeypatch.setattr(choices, "FEW", 2)
     monkeypatch.setattr(choices, "CHANGED", {"mask_placement pre": {"mask_placement": "pre"}})
     monkeypatch.setattr(choices, "CROSSED", ())
@@ -144,8 +138,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_nothing_stale_is_served(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = importlib.import_module("ways")
-    many = importlib.import_module("many")
+    ways = benchmark("ways")
+    many = benchmark("many")
     ties = ways.Way("ties", "ties", each={"weight": 1.0}, with_parent=True)
     monkeypatch.setattr(many, "WAYS", (ways.AVERAGE, ways.mask("fisher_mask"), ties))
     monkeypatch.setattr(many, "draw", lambda record, path: None)
@@ -157,7 +151,7 @@ def test_nothing_stale_is_served(three: Path, monkeypatch: pytest.MonkeyPatch) -
     tiny.write_data(Path("a-validation.jsonl"), seed=98)
     assert counted(monkeypatch) == 4
     tiny.sibling(Path("b"), Path("first"), seed=97)
-    compare = importlib.import_module("compare")
+    compare = benchmark("compare")
     compare._weights.cache_clear()  # A run reads every checkpoint once.
     assert counted(monkeypatch) == 5
     AutoModel.from_pretrained("b").save_pretrained("parent")
@@ -166,11 +160,7 @@ def test_nothing_stale_is_served(three: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_scores_that_are_not_defined_are_left_out() -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        summary = importlib.import_module("summary")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    summary = benchmark("summary")
     results = []
     for value, difference, verdict in ((90.0, 2.0, "better"), (None, None, "n/a"), (80.0, -1.0, "a tie")):
         normalised = {"average": {"value": 88.0}, "other": {"value": value}}
@@ -187,7 +177,7 @@ def test_scores_that_are_not_defined_are_left_out() -> None:
 
 
 def test_attention_is_counted(three: Path) -> None:
-    paper = importlib.import_module("paper")
+    paper = benchmark("paper")
     model: Any = tiny.classifier("bert", attn_implementation="sdpa").eval()
     inputs = tiny.tokenizer()("w5 w6 w7", return_tensors="pt")
     flops = paper.count_flops(lambda: model(**inputs))
@@ -213,6 +203,6 @@ def test_fine_tuning_makes_a_classifier(three: Path, monkeypatch: pytest.MonkeyP
     tiny.tokenizer().save_pretrained("parent")
     names = ["--names", "yes,other,other", "--epochs", "1"]
     monkeypatch.setattr(sys, "argv", ["fine_tune", "parent", "data", "tuned", *names])
-    importlib.import_module("fine_tune").main()
+    benchmark("fine_tune").main()
     config = json.loads(Path("tuned/config.json").read_text())
     assert config["label2id"] == {"yes": 0, "other": 1}

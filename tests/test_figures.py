@@ -1,27 +1,22 @@
 """The tables in the pages against what the benchmarks wrote. `python -m tests.test_figures` writes them anew."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import BENCHMARKS, benchmark
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = BENCHMARKS / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- figures: (\w+)(?:, ([^>]+?))? -->\n.*?<!-- end of figures -->", flags=re.DOTALL)
 
 
 def tables(name: str) -> dict[str, str]:
     """By title, what a benchmark's script makes of its JSON."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        script = importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    made: dict[str, str] = script.markdown(json.loads((RESULTS / f"{name}.json").read_text()))
+    made: dict[str, str] = benchmark(name).markdown(json.loads((RESULTS / f"{name}.json").read_text()))
     return made
 
 

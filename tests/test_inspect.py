@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
-from tests import tiny
 from tests.families import FAMILIES, build, sibling
 from tests.test_architectures import write_checkpoint
-from tests.test_check import measure, recipe_for
+from tests.test_check import recipe_for
 from tests.test_end_to_end import quickly, weights_of
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -32,15 +31,6 @@ def inspect(*arguments: str | Path, code: int = 0) -> str:
 
 def shares_of(recipe: Path) -> list[dict[str, Any]]:
     return json.loads(inspect(recipe, "--json"))["shares"]
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    one = tiny.checkpoint(tmp_path / "one")
-    two = tiny.sibling(tmp_path / "two", one, seed=1)
-    for seed, folder in enumerate((one, two)):
-        measure(folder, seed)
-    return one, two
 
 
 def test_a_sidecars_metadata_and_statistics(pair: tuple[Path, Path]) -> None:

@@ -29,7 +29,7 @@ from fisher_mask_mergekit.sites import Node, Site
 from tests import tiny
 from tests.families import FAMILIES, build
 from tests.test_architectures import write_checkpoint
-from tests.test_check import measure, recipe_for
+from tests.test_check import recipe_for
 from tests.test_registration import loaded
 from tests.test_sidecar import sidecar_for
 
@@ -123,15 +123,6 @@ def inspect(*arguments: str | Path, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result.output
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    one = tiny.checkpoint(tmp_path / "one")
-    two = tiny.sibling(tmp_path / "two", one, seed=1)
-    for seed, folder in enumerate((one, two)):
-        measure(folder, seed)
-    return one, two
 
 
 def test_the_page_has_the_sidecars_numbers(pair: tuple[Path, Path], tmp_path: Path) -> None:
