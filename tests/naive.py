@@ -25,7 +25,7 @@ class _Masked(nn.Module):
         return self.model.config
 
     def forward(self, **inputs: Tensor) -> Any:
-        return functional_call(self.model, self.weights, kwargs=inputs)
+        return functional_call(self.model, self.weights, (), inputs)
 
 
 def _masks(site: Site) -> dict[NodeKey, Tensor]:

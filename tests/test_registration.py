@@ -135,24 +135,6 @@ def test_the_version_is_the_distributions() -> None:
     assert project["version"] == fisher_mask_mergekit.__version__
 
 
-def test_the_wheel_registers_too(tmp_path: Path) -> None:
-    """Built, unpacked outside the source tree, and put before the editable install on the path."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, site], check=True)
-    where = "import torch, fisher_mask_mergekit.autoload as a, mergekit.merge_methods; print(a.__file__)"
-    assert output(where, PYTHONPATH=str(site)).startswith(str(site))
-    assert output(LISTED, PYTHONPATH=str(site)) == "1"
-    files = {str(file.relative_to(site)) for file in site.rglob("*") if file.is_file()}
-    assert "fisher_mask_mergekit/cli/__init__.py" in files
-    assert "fisher_mask_mergekit/pages/page.css" in files
-    assert not any(file.startswith(("tests", "docs", "benchmarks")) for file in files)
-
-
 @pytest.mark.parametrize("command", ["mergekit-yaml", "mergekit-multi", "mergekit-pytorch"])
 def test_plain_commands_of_mergekit_know_the_method(command: str, tmp_path: Path) -> None:
     """Each gets as far as the method's own complaint, that an input has no sidecar."""
