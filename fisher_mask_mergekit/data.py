@@ -184,9 +184,9 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         if local_file:
             return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
         if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(spec.path)[spec.split]
+            return _from_disk(path / spec.split)
         if (path / "state.json").is_file():
-            return datasets.load_from_disk(spec.path)
+            return _from_disk(path)
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
     except Exception as error:  # datasets raises its own, pyarrow's, the hub's and built-in errors.
         # This one only says that something went wrong; the others say what, in the user's words.
@@ -195,6 +195,14 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         if "corresponds to no data" in reason:  # What datasets calls a split without rows.
             raise DataError(f"data '{spec.path}' has no rows") from error
         raise DataError(f"cannot load data '{spec.path}' (split {spec.split}): {reason}") from error
+
+
+def _from_disk(folder: Path) -> datasets.Dataset:
+    """A table that datasets wrote, of files in its own folder: a path in what was downloaded is not followed."""
+    for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        if Path(file["filename"]).name != file["filename"]:
+            raise ValueError(f"state.json names '{file['filename']}', which is not in the folder")
+    return datasets.load_from_disk(str(folder))
 
 
 def hub_revision(spec: DataSpec) -> str | None:
