@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -32,15 +32,9 @@ from fisher_mask_mergekit.sidecar import (
     parse,
     which_tensor,
 )
-from fisher_mask_mergekit.sites import Count, name_template
+from fisher_mask_mergekit.sites import Count, Name, name_template
 from fisher_mask_mergekit.store import umask
-from fisher_mask_mergekit.untrusted import (
-    LONGEST_STRING,
-    MOST_AXES,
-    read_header,
-    read_json,
-    read_regular,
-)
+from fisher_mask_mergekit.untrusted import MOST_AXES, read_header, read_json, read_regular
 
 FORMAT_VERSION: Literal[1] = 1
 INDEX = "diagonal_fisher.json"
@@ -52,9 +46,7 @@ _SHARD = r"diagonal_fisher-\d{5}-of-\d{5}\.safetensors"
 
 
 class _Known(Record):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, str_max_length=LONGEST_STRING, ser_json_inf_nan="strings"
-    )
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     shape: tuple[Count, ...] = Field(max_length=MOST_AXES)
     values: tuple[float, ...] = Field(max_length=VALUES_PER_TENSOR)
@@ -72,7 +64,7 @@ class TensorRecord(_Known):
         values: Some of the parameter's values, see :func:`~fisher_mask_mergekit.sidecar.probe`.
     """
 
-    names: tuple[str, ...] = Field(min_length=1)
+    names: tuple[Name, ...] = Field(min_length=1)
     shard: str = Field(pattern=f"^{_SHARD}$")
     sha256: str = ""
 
@@ -89,8 +81,8 @@ class ViewRecord(_Known):
         values: Some of the tensor's values.
     """
 
-    name: str
-    source: str
+    name: Name
+    source: Name
     offset: Count
     strides: tuple[Count, ...] = Field(max_length=MOST_AXES)
 
@@ -109,7 +101,7 @@ class DiagonalMetadata(Measurement):
     """
 
     mean: float = Field(ge=0, allow_inf_nan=False)
-    others: tuple[str, ...]
+    others: tuple[Name, ...]
     tensors: tuple[TensorRecord, ...] = Field(min_length=1)
     views: tuple[ViewRecord, ...]
 
@@ -125,6 +117,7 @@ class DiagonalSidecar:
 
     metadata: DiagonalMetadata
     folder: Path
+    _checked: set[str] = field(default_factory=set, init=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -189,10 +182,6 @@ class DiagonalSidecar:
         if isinstance(record, ViewRecord):
             fisher = fisher.as_strided(record.shape, record.strides, record.offset)
         return fisher
-
-    @cached_property
-    def _checked(self) -> set[str]:
-        return set()
 
     def _check(self, record: TensorRecord, fisher: Tensor) -> None:
         name = f"{self.folder / record.shard}: {record.names[0]}"

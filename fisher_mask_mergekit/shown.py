@@ -11,7 +11,7 @@ def shown(text: str) -> str:
     """The text with a mark in place of every character that is not to be seen.
 
     A line break stays where an indented line follows, as in messages of several lines: whatever a file says
-    cannot begin a line.
+    cannot pass for a line of its own.
     """
     return "\n  ".join("".join(map(_fit, part)) for part in text.split("\n  "))
 

@@ -44,15 +44,14 @@ def read_regular(path: Path, most: int, what: str, raising: type[FisherMaskError
         FisherMaskError: If it cannot be read, is larger, or is a folder, a pipe or a device.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
             raise raising(f"cannot read {what} {path}: it is no file")
-        with path.open("rb") as file:
-            content = file.read(most + 1)
+        if state.st_size > most:
+            raise raising(f"{path} is larger than {most} bytes; that is no {what}")
+        return path.read_bytes()
     except (OSError, ValueError) as error:  # A name with a zero byte in it is a ValueError.
         raise raising(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > most:
-        raise raising(f"{path} is larger than {most} bytes; that is no {what}")
-    return content
 
 
 def read_header(file: BinaryIO, path: Path) -> bytes:

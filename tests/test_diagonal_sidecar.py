@@ -222,6 +222,7 @@ def view(**fields: Any) -> Callable[[Path], None]:
         (view(strides=[2**41]), "metadata field 'views.0.strides.0': Input should be less than"),
         (view(shape=[1] * 9), "metadata field 'views.0.shape': Tuple should have at most 8 items"),
         (edited(lambda index: index["tensors"][0].update(shape=[2**40] * 4)), "expected F32"),
+        (view(name="n" * 513), "metadata field 'views.0.name': String should have at most 512 characters"),
         (view(source="none"), "takes 'v' from beyond 'none'"),
         (view(strides=[1, 1]), "takes 'v' from beyond"),
         (lambda folder: first_shard(folder).write_bytes(b"broken"), "is not a whole safetensors file"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fisher_mask_mergekit import store, untrusted
 from fisher_mask_mergekit.cli.output import print_lines, say
-from fisher_mask_mergekit.data import load_samples
+from fisher_mask_mergekit.data import load_samples, load_texts
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, may_replace_diagonal, read_diagonal
 from fisher_mask_mergekit.errors import DataError, FisherMaskError, RecipeError, SidecarError
 from fisher_mask_mergekit.recipe import read_recipe
@@ -221,6 +221,30 @@ def test_a_table_whose_rows_are_elsewhere(tmp_path: Path) -> None:
             load_samples(
                 FisherSettings(data=str(tmp_path / "table")), SequenceClassification(label2id={"0": 0})
             )
+
+
+def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    file = str(tmp_path / "rows.parquet")
+    datasets.Dataset.from_dict({"text": ["plain"], "label": [0]}).to_parquet(file)
+    Path(file).write_bytes(Path(file).read_bytes().replace(b"plain", b"pl\xffin"))
+    task = SequenceClassification(label2id={"0": 0})
+    for load in (load_samples, load_texts):
+        with pytest.raises(
+            DataError, match=r"cannot read the rows of data .*rows\.parquet': 'utf-8' codec can't decode"
+        ):
+            load(FisherSettings(data=file), task)
+
+
+@pytest.mark.parametrize("text", ["null", "  null\n{}", "\ufeffnull", '{"text": "a", "label": 0}\n\tnull{}'])
+def test_a_row_that_ends_pyarrow(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(
+        DataError,
+        match=rf"rows.jsonl', line {1 + text.count(chr(10) + chr(9))}: expected a JSON object, got null",
+    ):
+        load_samples(
+            FisherSettings(data=str(tmp_path / "rows.jsonl")), SequenceClassification(label2id={"0": 0})
+        )
 
 
 def test_what_a_file_says_cannot_move_the_cursor_or_begin_a_line(capsys: pytest.CaptureFixture[str]) -> None:
