@@ -154,6 +154,8 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
             try:
                 listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
                 names = sorted({Path(name).name for name in listed})
+                if any(not name.endswith(Path(stem).suffix) for name in names):
+                    raise ValueError  # An index of safetensors must not lead to a pickle.
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{checkpoint.name}: {index.name} is not an index of weights"

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
 from fisher_mask_mergekit.tasks import Task
 
+# Where this stands first, pyarrow ends the process: https://github.com/apache/arrow/issues/47409
+_NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?[ \t\r]*null")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -104,7 +108,8 @@ def load_samples(settings: FisherSettings, task: Task, *, skip: int = 0) -> Samp
             does not have.
     """
     spec, table, rows = _draw(settings, skip)
-    drawn = task.read(rows, settings)
+    with _cells(settings):
+        drawn = task.read(rows, settings)
     digest = hashlib.sha256()
     for text, label in zip(drawn.texts, drawn.labels, strict=True):
         digest.update(json.dumps([*text, label]).encode() + b"\n")
@@ -141,10 +146,20 @@ def load_texts(settings: FisherSettings, task: Task, *, skip: int = 0) -> list[s
         free = [Layout(one.text, None) for one in task.layouts]
         columns = find_columns(rows.column_names, free, settings.model_copy(update={"label": None}))
     names = [*columns.text, *([columns.label] if columns.label and task.name == "causal-lm" else [])]
-    return [
-        json.dumps(cells, default=str)
-        for cells in zip(*(map(_given, rows[name]) for name in names), strict=True)
-    ]
+    with _cells(settings):
+        return [
+            json.dumps(cells, default=str)
+            for cells in zip(*(map(_given, rows[name]) for name in names), strict=True)
+        ]
+
+
+@contextmanager
+def _cells(settings: FisherSettings) -> Iterator[None]:
+    """Turn what pyarrow says of cells that Python has no value for into one error: text that is not UTF-8, for one."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"cannot read the rows of data '{settings.data}': {first_line(error)}") from error
 
 
 def _given(cell: Any) -> Any:
@@ -180,13 +195,15 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         )
     if local_file and path.stat().st_size == 0:
         raise DataError(f"data '{spec.path}' has no rows")
+    if local_file and LOADERS[path.suffix] == "json":
+        _refuse_null_rows(path)
     try:
         if local_file:
             return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
         if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(spec.path)[spec.split]
+            return _from_disk(path / spec.split)
         if (path / "state.json").is_file():
-            return datasets.load_from_disk(spec.path)
+            return _from_disk(path)
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, revision=spec.revision)
     except Exception as error:  # datasets raises its own, pyarrow's, the hub's and built-in errors.
         # This one only says that something went wrong; the others say what, in the user's words.
@@ -195,6 +212,21 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         if "corresponds to no data" in reason:  # What datasets calls a split without rows.
             raise DataError(f"data '{spec.path}' has no rows") from error
         raise DataError(f"cannot load data '{spec.path}' (split {spec.split}): {reason}") from error
+
+
+def _refuse_null_rows(path: Path) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if _NULL_ROW.match(line):
+                raise DataError(f"data '{path}', line {number}: expected a JSON object, got null")
+
+
+def _from_disk(folder: Path) -> datasets.Dataset:
+    """A table that datasets wrote, of files in its own folder: a path in what was downloaded is not followed."""
+    for file in json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        if Path(file["filename"]).name != file["filename"]:
+            raise ValueError(f"state.json names '{file['filename']}', which is not in the folder")
+    return datasets.load_from_disk(str(folder))
 
 
 def hub_revision(spec: DataSpec) -> str | None:

@@ -3,49 +3,52 @@
 The format is described in ``docs/sidecar.md``.
 """
 
-import json
+import math
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError, first_line
+from fisher_mask_mergekit.seal import damaged, digest, seal
 from fisher_mask_mergekit.sidecar import (
     VALUES_PER_TENSOR,
     Measurement,
     Record,
-    bad_field,
     check_version,
+    parse,
     which_tensor,
 )
-from fisher_mask_mergekit.sites import name_template
+from fisher_mask_mergekit.sites import Count, Name, name_template
 from fisher_mask_mergekit.store import umask
+from fisher_mask_mergekit.untrusted import MOST_AXES, read_header, read_json, read_regular
 
 FORMAT_VERSION: Literal[1] = 1
 INDEX = "diagonal_fisher.json"
 SHARD_BYTES = 5_000_000_000
 """A shard holds no more than this, unless a single tensor does."""
 
-_MAX_INDEX_BYTES = 1 << 28
+_MOST_INDEX_BYTES = 1 << 28
 _SHARD = r"diagonal_fisher-\d{5}-of-\d{5}\.safetensors"
 
 
 class _Known(Record):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    shape: tuple[Count, ...] = Field(max_length=MOST_AXES)
     values: tuple[float, ...] = Field(max_length=VALUES_PER_TENSOR)
 
 
@@ -57,11 +60,13 @@ class TensorRecord(_Known):
             there or in the checkpoint's files.
         shape: Its shape.
         shard: The file that has it.
+        sha256: Of its values there, from when it is written on.
         values: Some of the parameter's values, see :func:`~fisher_mask_mergekit.sidecar.probe`.
     """
 
-    names: tuple[str, ...] = Field(min_length=1)
+    names: tuple[Name, ...] = Field(min_length=1)
     shard: str = Field(pattern=f"^{_SHARD}$")
+    sha256: str = ""
 
 
 class ViewRecord(_Known):
@@ -76,10 +81,10 @@ class ViewRecord(_Known):
         values: Some of the tensor's values.
     """
 
-    name: str
-    source: str
-    offset: int = Field(ge=0)
-    strides: tuple[Annotated[int, Field(ge=0)], ...]
+    name: Name
+    source: Name
+    offset: Count
+    strides: tuple[Count, ...] = Field(max_length=MOST_AXES)
 
 
 AnyRecord = TensorRecord | ViewRecord
@@ -96,7 +101,7 @@ class DiagonalMetadata(Measurement):
     """
 
     mean: float = Field(ge=0, allow_inf_nan=False)
-    others: tuple[str, ...]
+    others: tuple[Name, ...]
     tensors: tuple[TensorRecord, ...] = Field(min_length=1)
     views: tuple[ViewRecord, ...]
 
@@ -112,6 +117,7 @@ class DiagonalSidecar:
 
     metadata: DiagonalMetadata
     folder: Path
+    _checked: set[str] = field(default_factory=set, init=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -164,21 +170,27 @@ class DiagonalSidecar:
         """A tensor's Fisher information, float32, on the CPU; read from its shard.
 
         Raises:
-            SidecarError: If it cannot be read, is negative, or is not finite.
+            SidecarError: If it cannot be read, is damaged, is negative, or is not finite.
         """
         whole = record if isinstance(record, TensorRecord) else self.records[record.source]
         assert isinstance(whole, TensorRecord)
         with _shard(self, whole.shard) as tensors:
             fisher = tensors.get_tensor(whole.names[0])
+        if whole.names[0] not in self._checked:  # A merge asks for many views of some parameters.
+            self._check(whole, fisher)
+            self._checked.add(whole.names[0])
         if isinstance(record, ViewRecord):
             fisher = fisher.as_strided(record.shape, record.strides, record.offset)
+        return fisher
+
+    def _check(self, record: TensorRecord, fisher: Tensor) -> None:
+        name = f"{self.folder / record.shard}: {record.names[0]}"
+        if digest(fisher) != record.sha256:
+            raise damaged(name)
         if fisher.numel():
             low, high = torch.aminmax(fisher)  # No mask of the tensor's size.
             if not (float(low) >= 0 and float(high) < float("inf")):
-                raise SidecarError(
-                    f"{self.folder}: {whole.names[0]} has values that are negative or not finite"
-                )
-        return fisher
+                raise SidecarError(f"{name} has values that are negative or not finite")
 
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -219,12 +231,16 @@ def write_diagonal(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        digests: dict[str, str] = {}
         for shard, names in shards.items():
-            save_file(
-                {name: fisher(name).to("cpu", torch.float32).contiguous() for name in names},
-                temporary / shard,
-            )
-        (temporary / INDEX).write_text(metadata.model_dump_json(), encoding="utf-8")
+            tensors = {name: fisher(name).to("cpu", torch.float32).contiguous() for name in names}
+            digests |= {name: digest(tensor) for name, tensor in tensors.items()}
+            save_file(tensors, temporary / shard)
+        records = (
+            record.model_copy(update={"sha256": digests[record.names[0]]}) for record in metadata.tensors
+        )
+        metadata = metadata.model_copy(update={"tensors": tuple(records)})
+        (temporary / INDEX).write_text(seal(metadata.model_dump_json(), {}), encoding="utf-8")
         temporary.chmod(0o777 & ~umask())
         for file in temporary.iterdir():
             file.chmod(0o666 & ~umask())
@@ -280,7 +296,7 @@ def _check_names(metadata: DiagonalMetadata, folder: Path) -> None:
     names += [view.name for view in metadata.views]
     if len(set(names)) != len(names):
         raise SidecarError(f"{folder}: {INDEX} names a tensor twice")
-    sizes = {record.names[0]: torch.Size(record.shape).numel() for record in metadata.tensors}
+    sizes = {record.names[0]: math.prod(record.shape) for record in metadata.tensors}
     for view in metadata.views:
         last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=False))
         if len(view.shape) != len(view.strides) or 0 in view.shape or last >= sizes.get(view.source, 0):
@@ -288,25 +304,16 @@ def _check_names(metadata: DiagonalMetadata, folder: Path) -> None:
 
 
 def _read_index(path: Path) -> DiagonalMetadata:
+    content = read_regular(path, _MOST_INDEX_BYTES, "sidecar", SidecarError)
     try:
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            raise SidecarError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes; that is no index")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SidecarError(f"cannot read sidecar {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SidecarError(f"{path} is not the index of a full-size sidecar: it is not text") from error
-    try:
-        version = json.loads(text)["format_version"]
+        text = content.decode()
+        version = read_json(text, path)["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SidecarError(
             f"{path} is not the index of a full-size sidecar: it has no format version"
         ) from error
     check_version(path, version, FORMAT_VERSION)
-    try:
-        return DiagonalMetadata.model_validate_json(text)
-    except ValidationError as error:
-        raise bad_field(path, error) from error
+    return parse(DiagonalMetadata, text, {}, path)
 
 
 def _check_shard(sidecar: DiagonalSidecar, shard: str, records: Mapping[str, TensorRecord]) -> None:
@@ -333,11 +340,14 @@ def _shard(sidecar: DiagonalSidecar, shard: str) -> Iterator[Any]:
     if not path.is_file():
         shards = {record.shard for record in sidecar.metadata.tensors}
         there = sum((sidecar.folder / other).is_file() for other in shards)
+        checkpoint = shlex.quote(sidecar.metadata.checkpoint)
         raise SidecarError(
             f"{sidecar.folder} lacks {shard} ({there} of its {len(shards)} shards are there). Copy the whole folder, or "
-            f"measure again:  mergekit-fisher compute {sidecar.metadata.checkpoint:.200} --kind diagonal --data DATASET"
+            f"measure again:  mergekit-fisher compute {checkpoint} --kind diagonal --data DATASET"
         )
     try:
+        with path.open("rb") as file:
+            read_header(file, path)
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except (OSError, SafetensorError, KeyError, ValueError) as error:

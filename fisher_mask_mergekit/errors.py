@@ -2,9 +2,14 @@
 
 import re
 
+from fisher_mask_mergekit.shown import shown
+
 
 class FisherMaskError(Exception):
-    """Base class of all errors raised on bad input."""
+    """Base class of all errors raised on bad input. Its text is fit to be shown, whatever it was made of."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class RecipeError(FisherMaskError):

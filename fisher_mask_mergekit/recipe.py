@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings, Kind
+from fisher_mask_mergekit.untrusted import MOST_RECIPE_BYTES, read_regular, read_yaml
 
 METHOD = "fisher_mask"
 DIAGONAL_METHOD = "fisher_diagonal"
@@ -76,12 +76,7 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     Raises:
         RecipeError: If it cannot be read, is not a recipe, or has a wrong key under ``fisher:``.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    document = read_yaml(read_regular(path, MOST_RECIPE_BYTES, "recipe", RecipeError), path)
     if not isinstance(document, dict) or not isinstance(document.get("merge_method"), str):
         raise RecipeError(f"{path} is not a mergekit recipe: it has no merge_method")
     defaults = _mapping(document.get("fisher"), "fisher", path)

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fisher_mask_mergekit.untrusted import LONGEST_STRING
+
 TaskName = Literal[
     "sequence-classification",
     "token-classification",
@@ -22,7 +24,7 @@ WeightDtype = Literal["float32", "bfloat16", "float64"]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_max_length=LONGEST_STRING)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -4,40 +4,41 @@ The format is described in ``docs/sidecar.md``.
 """
 
 import hashlib
-import json
+import reprlib
 import stat
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, name_template
 from fisher_mask_mergekit.store import write_whole
+from fisher_mask_mergekit.untrusted import LONGEST_STRING, read_header, read_json, read_regular
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
 VALUES_PER_TENSOR = 16
 """How many values of each governed tensor are kept to recognise the checkpoint by."""
 
-_MAX_FILE_BYTES = 1 << 30
-_MAX_HEADER_BYTES = 32 << 20
+_MOST_BYTES = 1 << 30
 _STRIDE = 2654435761  # A prime larger than any row, so that the values are spread over rows and columns.
 
 
 class Record(BaseModel):
     """Something that a sidecar says. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_max_length=LONGEST_STRING)
 
 
 class DataRecord(Record):
@@ -104,10 +105,19 @@ class Measurement(Record):
     device: str
     date: str
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.truncated <= self.samples <= self.data.rows:
+            raise ValueError("expected no more truncated than samples, and no more samples than rows")
+        return self
+
     @property
     def described_checkpoint(self) -> str:
         """The checkpoint's name and revision, for messages."""
         return f"'{self.checkpoint}'" + (f" (revision {self.revision[:7]})" if self.revision else "")
+
+
+AnyMeasurement = TypeVar("AnyMeasurement", bound=Measurement)
 
 
 class Metadata(Measurement):
@@ -248,7 +258,7 @@ def write(sidecar: Sidecar, path: Path) -> None:
         for node, vector in vectors.items()
     }
     tensors["values"] = _pack(sidecar.values[name] for name in sidecar.governed)
-    content = save(tensors, {METADATA_KEY: sidecar.metadata.model_dump_json()})
+    content = save(tensors, {METADATA_KEY: seal(sidecar.metadata.model_dump_json(), tensors)})
     try:
         write_whole(path, content)
     except OSError as error:
@@ -271,20 +281,13 @@ def read(path: Path) -> Sidecar:
     Raises:
         SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
     """
-    try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise SidecarError(f"cannot read sidecar {path}: it is no file")
-        if state.st_size > _MAX_FILE_BYTES:
-            raise SidecarError(f"{path} is larger than {_MAX_FILE_BYTES} bytes; that is no sidecar")
-        content = path.read_bytes()
-    except OSError as error:
-        raise SidecarError(f"cannot read sidecar {path}: {error.strerror or error}") from error
-    metadata = _read_metadata(content, path)
+    content = read_regular(path, _MOST_BYTES, "sidecar", SidecarError)
+    text = _metadata_text(read_header(BytesIO(content), path), path)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
         raise SidecarError(f"{path} is not a whole safetensors file: {error}") from error
+    metadata = parse(Metadata, text, tensors, path)
     sidecar = _assemble(metadata, tensors, path)
     for output, vectors in sidecar.fisher.items():
         for node, vector in vectors.items():
@@ -296,35 +299,28 @@ def read(path: Path) -> Sidecar:
 def may_replace(path: Path) -> bool:
     """Whether a file is a sidecar of whatever version, or there is none: nothing else may be overwritten."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
         with path.open("rb") as file:
-            size = struct.unpack("<Q", file.read(8))[0]
-            return METADATA_KEY.encode() in file.read(min(size, _MAX_HEADER_BYTES))
+            return METADATA_KEY.encode() in read_header(file, path)
     except FileNotFoundError:
         return True
     except NotADirectoryError as error:
         raise SidecarError(f"cannot write {path}: {error.strerror}; nothing was written") from error
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, SidecarError):
         return False
 
 
-def _read_metadata(content: bytes, path: Path) -> Metadata:
-    size = struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else 0
-    if not 0 < size <= min(len(content) - 8, _MAX_HEADER_BYTES):
-        raise SidecarError(f"{path} is not a whole safetensors file: it is cut short, or no such file at all")
+def _metadata_text(header: bytes, path: Path) -> str:
     try:
-        header: Any = json.loads(content[8 : 8 + size])
-        text = header["__metadata__"][METADATA_KEY]
-        raw: Any = json.loads(text)
-        version = raw["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        text = read_json(header.decode(), path)["__metadata__"][METADATA_KEY]
+        version = read_json(text, path)["format_version"]
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise SidecarError(
             f"{path} is not a sidecar of fisher-mask-mergekit: it has no such metadata"
         ) from error
     check_version(path, version, FORMAT_VERSION)
-    try:
-        return Metadata.model_validate_json(text)
-    except ValidationError as error:
-        raise bad_field(path, error) from error
+    return text
 
 
 def check_version(path: Path, version: Any, known: int) -> None:
@@ -335,13 +331,30 @@ def check_version(path: Path, version: Any, known: int) -> None:
     """
     if version != known:
         raise SidecarError(
-            f"{path} has format version {version!r:.20}, this program reads {known}; "
+            f"{path} has format version {reprlib.repr(version)}, this program reads {known}; "
             "upgrade fisher-mask-mergekit, or measure the checkpoint again"
         )
 
 
-def bad_field(path: Path, error: ValidationError) -> SidecarError:
-    """The first field that is not as it must be."""
+def parse(kind: type[AnyMeasurement], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyMeasurement:
+    """Metadata that is whole and as it must be.
+
+    Args:
+        kind: Its class.
+        text: It, sealed.
+        tensors: What it was sealed with.
+        path: Where it is, for messages.
+
+    Raises:
+        SidecarError: If its checksum is of something else, or a field is not as it must be (names the first).
+    """
+    try:
+        return kind.model_validate_json(unseal(text, tensors, path))
+    except ValidationError as error:
+        raise _bad_field(path, error) from error
+
+
+def _bad_field(path: Path, error: ValidationError) -> SidecarError:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return SidecarError(f"{path}: metadata field '{where:.80}': {first['msg']:.200}")
@@ -360,7 +373,8 @@ def _assemble(metadata: Metadata, tensors: Mapping[str, Tensor], path: Path) -> 
         want = expected.get(name, "no such tensor")
         if got != want:
             raise SidecarError(f"{path}: tensor '{name:.100}': expected {want}, got {got}")
-        if tensors[name].dtype not in (torch.float32, torch.float64):
+        wide = tensors[name].dtype == torch.float64 and name == "values"
+        if tensors[name].dtype != torch.float32 and not wide:
             raise SidecarError(f"{path}: tensor '{name:.100}': expected float32, got {tensors[name].dtype}")
     fisher = {
         site.output: {node: tensors[f"{site.output}.{node}"] for node in site.nodes()}

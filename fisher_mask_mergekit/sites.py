@@ -14,6 +14,11 @@ Kind = Literal["attention", "ffn"]
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and shapes."""
 
+Count = Annotated[int, Field(ge=0, le=2**40)]
+"""Of heads, neurons, elements along an axis: no tensor has more."""
+
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+
 Node = Literal["head_fisher", "kv_head_fisher", "neuron_fisher"]
 NodeKey = tuple[str, Node]
 """A site's output projection and a kind of node."""
@@ -37,11 +42,11 @@ class GovernedTensor(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, max_length=512)
+    name: Name
     layout: Layout
-    shape: tuple[Annotated[int, Field(ge=0, le=2**40)], ...] = Field(min_length=1, max_length=4)
+    shape: tuple[Count, ...] = Field(min_length=1, max_length=4)
     axis: int = Field(default=0, ge=0, le=2)
-    expert: int | None = Field(default=None, ge=0)
+    expert: Count | None = None
 
 
 class Site(BaseModel):
@@ -61,14 +66,14 @@ class Site(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    output: str = Field(min_length=1, max_length=512)
+    output: Name
     kind: Kind
-    heads: int = Field(default=0, ge=0)
-    kv_heads: int = Field(default=0, ge=0)
-    head_dim: int = Field(default=0, ge=0)
-    neurons: int = Field(default=0, ge=0)
-    experts: int = Field(default=0, ge=0)
-    inputs: tuple[str, ...]
+    heads: Count = 0
+    kv_heads: Count = 0
+    head_dim: Count = 0
+    neurons: Count = 0
+    experts: Count = 0
+    inputs: tuple[Name, ...]
     tensors: tuple[GovernedTensor, ...]
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from fisher_mask_mergekit.diagonal_sidecar import (
     write_diagonal,
 )
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.seal import digest, seal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import probe
 from tests import tiny
@@ -170,8 +171,9 @@ def test_a_tensor_is_known_by_its_values(folder: Path) -> None:
 def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())
+        del index["checksum"]
         change(index)
-        (folder / INDEX).write_text(json.dumps(index))
+        (folder / INDEX).write_text(seal(json.dumps(index), {}))
 
     return edit
 
@@ -201,7 +203,7 @@ def view(**fields: Any) -> Callable[[Path], None]:
     ("change", "message"),
     [
         (lambda folder: (folder / INDEX).unlink(), "cannot read sidecar .*: No such file"),
-        (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "is not text"),
+        (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), "has no format version"),
         (lambda folder: (folder / INDEX).write_text("[]"), "has no format version"),
         (lambda folder: (folder / INDEX).write_text("{"), "has no format version"),
         (edited(lambda index: index.update(format_version=2)), "has format version 2, this program reads 1"),
@@ -217,6 +219,10 @@ def view(**fields: Any) -> Callable[[Path], None]:
         (view(offset=64 * 32 - 3), "takes 'v' from beyond"),
         (view(strides=[10**9]), "takes 'v' from beyond"),
         (view(strides=[-1]), "metadata field 'views.0.strides.0'"),
+        (view(strides=[2**41]), "metadata field 'views.0.strides.0': Input should be less than"),
+        (view(shape=[1] * 9), "metadata field 'views.0.shape': Tuple should have at most 8 items"),
+        (edited(lambda index: index["tensors"][0].update(shape=[2**40] * 4)), "expected F32"),
+        (view(name="n" * 513), "metadata field 'views.0.name': String should have at most 512 characters"),
         (view(source="none"), "takes 'v' from beyond 'none'"),
         (view(strides=[1, 1]), "takes 'v' from beyond"),
         (lambda folder: first_shard(folder).write_bytes(b"broken"), "is not a whole safetensors file"),
@@ -235,6 +241,9 @@ def test_what_is_not_a_sidecar_is_one_error(
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_values_that_cannot_be_are_an_error_when_they_are_needed(folder: Path, bad: float) -> None:
     with_tensors(lambda tensors: tensors[WORDS][3].fill_(bad))(folder)
+    (record,) = (one for one in read_diagonal(folder).metadata.tensors if one.names == (WORDS,))
+    values = load_file(folder / record.shard)[WORDS]
+    edited(lambda index: index["tensors"][0].update(sha256=digest(values)))(folder)
     sidecar = read_diagonal(folder)
     with pytest.raises(SidecarError, match=f"{WORDS} has values that are negative or not finite"):
         sidecar.fisher(sidecar.records[WORDS])

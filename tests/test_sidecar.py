@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.seal import seal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import (
     METADATA_KEY,
@@ -155,8 +156,9 @@ def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, An
     tensors = load_file(path)
     size = struct.unpack("<Q", path.read_bytes()[:8])[0]
     metadata = json.loads(json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"][METADATA_KEY])
+    del metadata["checksum"]
     change(tensors, metadata)
-    save_file(tensors, path, {METADATA_KEY: json.dumps(metadata)})
+    save_file(tensors, path, {METADATA_KEY: seal(json.dumps(metadata), tensors)})
 
 
 HEAD = "model.layers.0.self_attn.o_proj.head_fisher"
@@ -173,6 +175,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
     "a missing tensor": (lambda t, m: t.pop(HEAD), f"'{HEAD}': expected \\(4,\\), got no such tensor"),
     "an unknown tensor": (lambda t, m: t.update(extra=torch.ones(1)), "'extra': expected no such tensor"),
     "a wrong shape": (lambda t, m: t.update({HEAD: torch.ones(5)}), r"expected \(4,\), got \(5,\)"),
+    "a wide dtype": (
+        lambda t, m: t.update({HEAD: torch.ones(4).double()}),
+        "expected float32, got torch.float64",
+    ),
     "a wrong dtype": (
         lambda t, m: t.update({HEAD: torch.ones(4).half()}),
         "expected float32, got torch.float16",
@@ -196,6 +202,20 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
         "metadata field 'sites.1.tensors.0.shape.0'|metadata field 'sites'|Input should be",
     ),
     "a loss that is no number": (lambda t, m: m.update(loss=float("nan")), "field 'loss'"),
+    "more heads than there can be": (
+        lambda t, m: m["sites"][0].update(heads=2**41),
+        "'sites.0.heads': Input should be less than or equal to 1099511627776",
+    ),
+    "a name that is too long": (
+        lambda t, m: m["sites"][0].update(output="n" * 513),
+        "'sites.0.output': String should have at most 512 characters",
+    ),
+    "a text that is too long": (
+        lambda t, m: m.update(device="d" * 8193),
+        "field 'device': String should have at most 8192 characters",
+    ),
+    "more samples than rows": (lambda t, m: m.update(samples=10), "no more samples than rows"),
+    "more truncated than samples": (lambda t, m: m.update(truncated=10), "no more truncated than samples"),
     "rows that do not divide": (
         lambda t, m: m["sites"][0]["tensors"][0].update(shape=[33, 32]),
         "does not divide among the site's nodes",

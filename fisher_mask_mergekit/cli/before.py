@@ -128,7 +128,7 @@ def check(
             print_json({"recipe": str(recipe), "ok": not failed, "findings": [asdict(f) for f in findings]})
         else:
             for finding in findings:
-                print(f"{finding.level}: {finding.what}: {finding.detail}\n  {finding.remedy}")
+                print_lines((f"{finding.level}: {finding.what}: {finding.detail}", f"  {finding.remedy}"))
             if not findings:
                 print("ok")
         if failed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
-from fisher_mask_mergekit.cli.output import errors, progress, say, silence_progress_bars
+from fisher_mask_mergekit.cli.output import errors, print_lines, progress, say, silence_progress_bars
 from fisher_mask_mergekit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -211,4 +211,6 @@ def _report(name: str, outcome: "Outcome") -> None:
     metadata = outcome.sidecar.metadata
     how = "measured before" if outcome.served else f"{outcome.seconds:.1f} s on {metadata.device}"
     accuracy = "" if metadata.accuracy is None else f"accuracy {metadata.accuracy:.3f}, "
-    print(f"{name}: {metadata.samples} samples, {accuracy}loss {metadata.loss:.4f}, {how}, {outcome.path}")
+    print_lines(
+        [f"{name}: {metadata.samples} samples, {accuracy}loss {metadata.loss:.4f}, {how}, {outcome.path}"]
+    )

@@ -14,7 +14,7 @@ from fisher_mask_mergekit.cli.options import (
     TrustRemoteCode,
     scoring_overrides,
 )
-from fisher_mask_mergekit.cli.output import errors, progress, say, silence_progress_bars
+from fisher_mask_mergekit.cli.output import errors, print_lines, progress, say, silence_progress_bars
 
 
 def evaluate(
@@ -75,7 +75,7 @@ def evaluate(
             found = run(plan(read, merged, options), where, progress, force=force)
         for note in found.notes:
             say(note)
-        print(write_reports(found.results, json_file, markdown_file))
+        print_lines(write_reports(found.results, json_file, markdown_file).split("\n"))
         if html_file is not None:
             from fisher_mask_mergekit.pages.evaluate_page import evaluation_page
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fisher_mask_mergekit.errors import FisherMaskError
+from fisher_mask_mergekit.shown import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,7 +29,7 @@ def errors() -> Iterator[None]:
 
 def say(text: str) -> None:
     """On standard error: what is not the result."""
-    print(text, file=sys.stderr)
+    print(shown(text), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
@@ -41,7 +42,7 @@ def print_json(value: Any) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """The result, line by line."""
     for line in lines:
-        print(line)
+        print(shown(line))
 
 
 def _bar(unit: str) -> "Progress":
@@ -67,7 +68,7 @@ def progress(name: str) -> Iterator[tuple[Any, Any]]:
     import time
 
     with _bar("samples, {task.fields[speed]:,.0f} tokens/s,") as bar:
-        task = bar.add_task(name, total=None, speed=0.0)
+        task = bar.add_task(shown(name), total=None, speed=0.0)
         started = time.perf_counter()
         tokens = 0
 

@@ -82,12 +82,14 @@ def _report(tuning: "Tuning", study: "Study") -> "Iterator[str]":
         cells = [described(each.scores[one.name], 3) for each in pair]
         rows.append([f"{one.name} {one.metrics[0].name}", described(study.own[one.name], 3), *cells])
     rows.append(["mean normalised", "100", *(described(one.value) for one in pair)])
-    yield aligned(rows)
-    yield f"\nHeld-back training rows: {tuning.rows}."
+    yield from aligned(rows).split("\n")
+    yield ""
+    yield f"Held-back training rows: {tuning.rows}."
     yield (
         "The best of many on these rows looks better than it is; whether it helps, only rows tell that nothing was "
-        "chosen by:\n"
+        "chosen by:"
     )
+    yield ""
     untuned, tuned = quote(str(tuning.recipe.path)), quote(str(tuning.out))
     names = [quote(f"merged-{path.stem}") for path in (tuning.recipe.path, tuning.out)]
     yield f"    mergekit-yaml {untuned} {names[0]}"

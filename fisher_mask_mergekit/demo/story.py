@@ -135,9 +135,9 @@ def _evaluate(out: Path, say: Say) -> None:
     files = {"--json": "results.json", "--markdown": "results.md", "--html": "report.html"}
     options = [word for option, name in files.items() for word in (option, str(out / name))]
     table = _run(["mergekit-fisher", "evaluate", str(out / "recipe.yml"), *merged, *options], say)
-    say(
-        f"\n{table}\nNormalised: per cent of the fine-tuned model's own accuracy. A tie: the interval contains 0.\n"
-    )
+    why = "Normalised: per cent of the fine-tuned model's own accuracy. A tie: the interval contains 0."
+    for line in ("", *table.split("\n"), why, ""):
+        say(line)
 
 
 def _run(command: Sequence[str], say: Say) -> str:

@@ -1,13 +1,10 @@
-"""Text from files that are not trusted, made fit to be shown: no character that hides, reorders or breaks anything."""
+"""Text on pages: one line of it, no longer than there is room."""
 
 import unicodedata
 from itertools import accumulate
 
 from fisher_mask_mergekit.heads import short_names
-
-_SHOWN = "\N{REPLACEMENT CHARACTER}"
-# Control, format (zero-width, and such that change the direction), lone surrogates, private, unassigned, separators.
-_UNFIT = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+from fisher_mask_mergekit.shown import shown
 
 
 def clean(text: str, limit: int = 300) -> str:
@@ -19,13 +16,7 @@ def clean(text: str, limit: int = 300) -> str:
     """
     # What is cut is not looked at: a name can be megabytes long.
     kept = text if len(text) <= 2 * limit + 2 else text[: limit + 1] + text[-limit - 1 :]
-    parts = ("\n" if mark.isspace() else _fit(mark) for mark in kept)
-    line = " ".join("".join(parts).split())
-    return _shortened(line, limit)
-
-
-def _fit(mark: str) -> str:
-    return _SHOWN if unicodedata.category(mark) in _UNFIT else mark
+    return _shortened(shown(" ".join(kept.split())), limit)
 
 
 def _shortened(line: str, limit: int) -> str:

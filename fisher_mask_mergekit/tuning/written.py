@@ -1,10 +1,8 @@
 """The tuned recipe as text: the user's own, with other coefficients in it."""
 
 import re
-from collections.abc import Iterator
 from decimal import Decimal
 from io import StringIO
-from itertools import count
 from typing import Any
 
 import yaml
@@ -14,23 +12,11 @@ from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.tuning.coefficients import Coefficients, put
 
 _MARK = "# tuned: "
-MOST_VALUES = 100_000
-"""Of a recipe with its aliases written out: a few lines of aliases of aliases would fill the memory."""
 
 
 def with_coefficients(recipe: Recipe, coefficients: Coefficients | None) -> dict[str, Any]:
-    """The recipe as mergekit takes it, with other coefficients; unchanged without any.
-
-    Raises:
-        RecipeError: If it is too large with its aliases written out.
-    """
-    try:
-        document = _unshared(recipe.document, count(1))
-    except (OverflowError, RecursionError) as error:
-        raise RecipeError(
-            f"{recipe.path} has more than {MOST_VALUES:,} values where its aliases (*) are written out; tune reads "
-            "recipes without such"
-        ) from error
+    """The recipe as mergekit takes it, with other coefficients; unchanged without any."""
+    document = _unshared(recipe.document)
     if coefficients is not None:
         put(document, coefficients, recipe.path)
     return document
@@ -92,10 +78,8 @@ def _changed(recipe: Recipe, text: str, coefficients: Coefficients) -> str:
     return out.getvalue()
 
 
-def _unshared(value: Any, counter: Iterator[int]) -> Any:
+def _unshared(value: Any) -> Any:
     """A copy in which no two places are one object, as aliases make them."""
-    if next(counter) > MOST_VALUES:
-        raise OverflowError
     if isinstance(value, dict):
-        return {key: _unshared(part, counter) for key, part in value.items()}
-    return [_unshared(part, counter) for part in value] if isinstance(value, list) else value
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value

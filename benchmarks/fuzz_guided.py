@@ -1,0 +1,41 @@
+"""Mutants of a sidecar that atheris looks for, by which lines of the package they reach; see `fuzz.py`, which runs this.
+
+python benchmarks/fuzz_guided.py RUNS
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["fisher_mask_mergekit", "json"]):
+    import fuzz
+
+
+def main() -> None:
+    runs = int(sys.argv[1])
+    sys.path.insert(0, str(fuzz.HERE.parent))
+    with tempfile.TemporaryDirectory() as folder:
+        (tally,) = (
+            fuzz.Tally(replace(target, change="guided by coverage"))
+            for name, target in fuzz.targets(Path(folder)).items()
+            if name == "metadata"
+        )
+        judge = tally.test(runs, 0).hypothesis.fuzz_one_input
+
+        def once(content: bytes) -> None:
+            judge(content)
+            if tally.counts.total() == runs:
+                print(json.dumps({"rows": [tally.row()], "reasons": tally.reasons}), flush=True)
+                os._exit(0)  # atheris does not return.
+
+        atheris.Setup([sys.argv[0], "-seed=1", "-rss_limit_mb=8192", "-max_len=4096"], once)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
