@@ -1,8 +1,9 @@
-"""What the benchmark works on: two checkpoints of one shape, text to measure on, and their sidecars.
+"""What the benchmark works on: checkpoints of one shape, text to measure on, and their sidecars.
 
-    python benchmarks/inputs.py WORK [--checkpoint FOLDER] [--data FILE] [--samples N] [--gib N] [--device D]
+    python benchmarks/inputs.py WORK [--checkpoint FOLDER] [--data FILE] [--samples N] [--gib N] [--models M]
+                                [--device D]
 
-Makes WORK/first, WORK/second and, where no data is given, WORK/data.jsonl. The given checkpoint is linked,
+Makes WORK/model1 to WORK/modelM and, where no data is given, WORK/data.jsonl. The given checkpoint is linked,
 never written to. Prints a line of JSON.
 """
 
@@ -33,16 +34,19 @@ WORDS = (8, 56)
 """Fewest and most words of a made-up sample."""
 
 NOISE = 0.01
-"""The second checkpoint is the first plus noise of this share of each tensor's standard deviation."""
+"""The other checkpoints are the first plus noise of this share of each tensor's standard deviation."""
+
+SHARDS = 4
+"""Files, about, of a checkpoint whose size was asked for; its weights are bfloat16."""
 
 
 def bert_config(gib: float | None) -> BertConfig:
-    """BERT-base's shape; or, for a wanted size of float32 weights, wider and as deep as it takes."""
+    """BERT-base's shape; or, for a wanted size of bfloat16 weights, wider and as deep as it takes."""
     wider: dict[str, Any] = {}
     if gib is not None:
         hidden = 2048
         per_layer = 12 * hidden**2
-        layers = round((gib * 2**30 / 4 - VOCABULARY * hidden) / per_layer)
+        layers = round((gib * 2**30 / 2 - VOCABULARY * hidden) / per_layer)
         wider = {
             "hidden_size": hidden,
             "num_attention_heads": 32,
@@ -55,7 +59,9 @@ def bert_config(gib: float | None) -> BertConfig:
 def random_classifier(folder: Path, gib: float | None = None) -> None:
     """A complete BERT classifier with random weights and a word-level tokenizer."""
     torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(bert_config(gib)).save_pretrained(folder)
+    dtype = torch.float32 if gib is None else torch.bfloat16
+    model = AutoModelForSequenceClassification.from_config(bert_config(gib)).to(dtype)
+    save(model, folder, gib)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = special + [f"w{index}" for index in range(len(special), VOCABULARY)]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
@@ -77,15 +83,19 @@ def link(checkpoint: Path, folder: Path) -> None:
             (folder / file.name).symlink_to(file.resolve())
 
 
-def perturbed_copy(source: Path, folder: Path) -> None:
+def save(model: Any, folder: Path, gib: float | None) -> None:
+    model.save_pretrained(folder, max_shard_size="50GB" if gib is None else int(gib * 2**30 / SHARDS))
+
+
+def perturbed_copy(source: Path, folder: Path, seed: int, gib: float | None) -> None:
     """A checkpoint of the same shape and dtype with other values."""
     model = AutoModelForSequenceClassification.from_pretrained(source, dtype="auto")
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape)
             parameter.add_((noise * NOISE * parameter.float().std(correction=0)).to(parameter.dtype))
-    model.save_pretrained(folder)
+    save(model, folder, gib)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
@@ -111,15 +121,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--gib", type=float)
+    parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    first, second = options.work / "first", options.work / "second"
+    first, *others = folders = [options.work / f"model{number}" for number in range(1, options.models + 1)]
     if options.checkpoint is None:
         random_classifier(first, options.gib)
     else:
         link(options.checkpoint, first)
-    perturbed_copy(first, second)
+    for seed, folder in enumerate(others, 1):
+        perturbed_copy(first, folder, seed, options.gib)
     data = options.data
     if data is None:
         data = options.work / "data.jsonl"
@@ -128,10 +140,11 @@ def main() -> None:
     kinds: tuple[Kind, ...] = ("mask", "diagonal")
     for kind in kinds:
         settings = FisherSettings(data=str(data.resolve()), samples=options.samples, kind=kind)
-        for folder in (first, second):
+        for folder in folders:
             compute(prepare(str(folder), settings), device)
-    sizes = [value.nbytes for file in second.glob("*.safetensors") for value in load_file(file).values()]
-    print(json.dumps({"data": str(data), "bytes": sum(sizes), "largest": max(sizes)}))
+    sizes = [value.nbytes for file in others[-1].glob("*.safetensors") for value in load_file(file).values()]
+    made = {"data": str(data), "models": [str(folder) for folder in folders]}
+    print(json.dumps(made | {"bytes": sum(sizes), "largest": max(sizes)}))
 
 
 if __name__ == "__main__":

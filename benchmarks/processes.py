@@ -119,16 +119,14 @@ def memory_runs(arguments: Sequence[object], repeats: int) -> dict[str, list[dic
     return runs
 
 
-def merge_runs(work: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """``mergekit-yaml`` on ``first`` and ``second``: seconds, processor seconds, seconds once imported, peak bytes.
+def merge_runs(checkpoints: Sequence[str], work: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """``mergekit-yaml`` on all checkpoints: seconds, processor seconds, seconds once imported, peak bytes.
 
     ``linear`` is run as in a mergekit without the plug-in.
     """
     runs: dict[str, dict[str, list[float]]] = {}
     for method in ("fisher_mask", "fisher_diagonal", "linear"):
-        models = [
-            f"  - model: {work / name}\n    parameters: {{weight: 1}}\n" for name in ("first", "second")
-        ]
+        models = [f"  - model: {checkpoint}\n    parameters: {{weight: 1}}\n" for checkpoint in checkpoints]
         (work / f"{method}.yml").write_text(f"merge_method: {method}\nmodels:\n{''.join(models)}")
         runs[method] = {"seconds": [], "processor": [], "seconds_once_imported": [], "peak": []}
     # The first of each only fills the file cache; not worth its time where one run is all there is.

@@ -19,6 +19,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
+from fisher_mask_mergekit.blocks import Index, in_blocks
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, AnyRecord, DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.merging import (
@@ -107,8 +108,8 @@ def _merge(
     scales = [known.metadata.mean if normalize == "model" else 1.0 for known in sidecars]
     factors = [given / (scale or 1.0) for given, scale in zip(weights, scales, strict=True)]
 
-    def fisher(index: int) -> Tensor:
-        return sidecars[index].fisher(parameters[index])
+    def fisher(number: int, index: Index) -> Tensor:
+        return sidecars[number].fisher(parameters[number], index)
 
     return merge_elements(tensors, weights, factors, fisher)
 
@@ -117,7 +118,7 @@ def merge_elements(
     tensors: Sequence[Tensor],
     weights: Sequence[float],
     factors: Sequence[float],
-    fisher: Callable[[int], Tensor],
+    fisher: Callable[[int, Index], Tensor],
 ) -> Tensor:
     r"""Fisher-weighted mean of tensors, element by element.
 
@@ -131,27 +132,27 @@ def merge_elements(
         tensors: :math:`\theta_j`, all of one shape and dtype. Not changed.
         weights: :math:`\lambda_j > 0`.
         factors: :math:`c_j > 0`, :math:`\lambda_j` over what normalises F.
-        fisher: Gives :math:`F_j`, non-negative and of that shape; asked once for each model, in order.
+        fisher: Gives a block of :math:`F_j`, non-negative; asked once for each block and model, in order.
 
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
 
     Reference: arXiv 2111.09832.
     """
-    first = tensors[0]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    merged = torch.zeros_like(first, dtype=dtype)
-    total = torch.zeros_like(first, dtype=dtype)
     largest = max(factors)  # So that no product overflows.
-    for index, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
-        part = fisher(index).to(first.device, dtype, copy=True).mul_(factor / largest)
-        total += part
-        part.div_(total).nan_to_num_(nan=0.0)  # 0 / 0, where it was zero in all so far.
-        merged.addcmul_(tensor - merged, part)
-    unknown = total == 0
-    if bool(unknown.any()):
-        merged = torch.where(unknown, merge_rows(tensors, weights).to(dtype), merged)
-    return merged.to(first.dtype)
+
+    def add(index: Index, values: Sequence[Tensor], merged: Tensor) -> None:
+        total = torch.zeros_like(merged)
+        for number, (value, factor) in enumerate(zip(values, factors, strict=True)):
+            part = fisher(number, index).to(merged.device, merged.dtype, copy=True).mul_(factor / largest)
+            total += part
+            part.div_(total).nan_to_num_(nan=0.0)  # 0 / 0, where it was zero in all so far.
+            merged.addcmul_(value - merged, part)
+        unknown = total == 0
+        if bool(unknown.any()):
+            merged.copy_(torch.where(unknown, merge_rows(values, weights).to(merged.dtype), merged))
+
+    return in_blocks(tensors, add)
 
 
 def _identify(sidecar: DiagonalSidecar, name: str, entry: TensorEntry) -> AnyRecord | None:

@@ -3,6 +3,7 @@
 The format is described in ``docs/sidecar.md``.
 """
 
+import json
 import math
 import re
 import shlex
@@ -15,24 +16,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 import torch
 from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fisher_mask_mergekit.blocks import Index
 from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError, first_line
+from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition
 from fisher_mask_mergekit.seal import damaged, digest, seal
-from fisher_mask_mergekit.sidecar import (
-    VALUES_PER_TENSOR,
-    Measurement,
-    Record,
-    check_version,
-    parse,
-    which_tensor,
-)
-from fisher_mask_mergekit.sites import Count, Name, name_template
+from fisher_mask_mergekit.sidecar import Measurement, Record, check_version, parse
+from fisher_mask_mergekit.sites import Count, Name
 from fisher_mask_mergekit.store import umask
 from fisher_mask_mergekit.untrusted import MOST_AXES, read_header, read_json, read_regular
 
@@ -61,7 +58,7 @@ class TensorRecord(_Known):
         shape: Its shape.
         shard: The file that has it.
         sha256: Of its values there, from when it is written on.
-        values: Some of the parameter's values, see :func:`~fisher_mask_mergekit.sidecar.probe`.
+        values: Some of the parameter's values, see :func:`~fisher_mask_mergekit.recognition.probe`.
     """
 
     names: tuple[Name, ...] = Field(min_length=1)
@@ -131,11 +128,30 @@ class DiagonalSidecar:
         return views | {name: record for record in self.metadata.tensors for name in record.names}
 
     @cached_property
-    def _by_template(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for name in self.records:
-            names.setdefault(name_template(name), []).append(name)
-        return names
+    def _recognition(self) -> Recognition:
+        known = {
+            name: (record.shape, torch.tensor(record.values, dtype=torch.float64, device="cpu"))
+            for name, record in self.records.items()
+        }
+        return Recognition(known, self._about)
+
+    @property
+    def _about(self) -> str:
+        return f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        """Where in its shard each parameter's numbers begin, in bytes."""
+        starts: dict[str, int] = {}
+        for shard in {record.shard for record in self.metadata.tensors}:
+            with _readable(self, shard) as path, path.open("rb") as file:
+                header = read_header(file, path)
+                starts |= {
+                    name: 8 + len(header) + entry["data_offsets"][0]
+                    for name, entry in json.loads(header).items()
+                    if name != "__metadata__"
+                }
+        return starts
 
     def identify(self, name: str, tensor: Tensor) -> AnyRecord | None:
         """Which of the checkpoint's parameters this is, told by its values.
@@ -151,46 +167,47 @@ class DiagonalSidecar:
             SidecarMismatchError: If the values are not this checkpoint's, or fit several layers; or if it knows
                 no tensor of such a name.
         """
-        about = f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
         known = modern(name)
-        family = self._by_template.get(name_template(known))
-        if family is None:
-            if {name, known} & set(self.metadata.others):
-                return None
-            raise SidecarMismatchError(f"{about}: it knows no tensor '{name}'")
-        return self.records[which_tensor(known, tensor, family, self._fits, about)]
+        found = self._recognition.which(known, tensor)
+        if found is not None:
+            return self.records[found]
+        if {name, known} & set(self.metadata.others):
+            return None
+        raise SidecarMismatchError(f"{self._about}: it knows no tensor '{name}'")
 
-    def _fits(self, name: str, shape: torch.Size, got: Tensor) -> bool:
-        record = self.records[name]
-        if tuple(shape) != record.shape:
-            return False
-        return torch.equal(torch.tensor(record.values, dtype=torch.float64, device="cpu").to(got.dtype), got)
+    def fisher(self, record: AnyRecord, index: Index = ()) -> Tensor:
+        """A tensor's Fisher information, or a block of it, float32, on the CPU.
 
-    def fisher(self, record: AnyRecord) -> Tensor:
-        """A tensor's Fisher information, float32, on the CPU; read from its shard.
+        Of a shard no more is read than the block: its part of the file is mapped into memory for as long as the result lives.
 
         Raises:
             SidecarError: If it cannot be read, is damaged, is negative, or is not finite.
         """
         whole = record if isinstance(record, TensorRecord) else self.records[record.source]
         assert isinstance(whole, TensorRecord)
-        with _shard(self, whole.shard) as tensors:
-            fisher = tensors.get_tensor(whole.names[0])
-        if whole.names[0] not in self._checked:  # A merge asks for many views of some parameters.
-            self._check(whole, fisher)
+        fisher = self._mapped(whole)
+        if whole.names[0] not in self._checked:  # A merge asks for many blocks and views.
+            _check_values(fisher, whole, self.folder / whole.shard)
             self._checked.add(whole.names[0])
+            fisher = self._mapped(whole)  # What the check read is let go.
         if isinstance(record, ViewRecord):
             fisher = fisher.as_strided(record.shape, record.strides, record.offset)
-        return fisher
+        return fisher[index]
 
-    def _check(self, record: TensorRecord, fisher: Tensor) -> None:
-        name = f"{self.folder / record.shard}: {record.names[0]}"
-        if digest(fisher) != record.sha256:
-            raise damaged(name)
-        if fisher.numel():
-            low, high = torch.aminmax(fisher)  # No mask of the tensor's size.
-            if not (float(low) >= 0 and float(high) < float("inf")):
-                raise SidecarError(f"{name} has values that are negative or not finite")
+    def _mapped(self, record: TensorRecord) -> Tensor:
+        name = record.names[0]
+        with _readable(self, record.shard) as path:
+            return torch.from_numpy(numpy.memmap(path, "<f4", "c", self._starts[name], record.shape))
+
+
+def _check_values(fisher: Tensor, record: TensorRecord, path: Path) -> None:
+    name = f"{path}: {record.names[0]}"
+    if digest(fisher) != record.sha256:
+        raise damaged(name)
+    if fisher.numel():
+        low, high = torch.aminmax(fisher)  # No mask of the tensor's size.
+        if not (float(low) >= 0 and float(high) < float("inf")):
+            raise SidecarError(f"{name} has values that are negative or not finite")
 
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -336,6 +353,13 @@ def _check_shard(sidecar: DiagonalSidecar, shard: str, records: Mapping[str, Ten
 @contextmanager
 def _shard(sidecar: DiagonalSidecar, shard: str) -> Iterator[Any]:
     """A shard, mapped into memory only as long as it is looked at."""
+    with _readable(sidecar, shard) as path, safe_open(path, framework="pt") as tensors:
+        yield tensors
+
+
+@contextmanager
+def _readable(sidecar: DiagonalSidecar, shard: str) -> Iterator[Path]:
+    """A shard's path, and what is wrong with the file if it cannot be read."""
     path = sidecar.folder / shard
     if not path.is_file():
         shards = {record.shard for record in sidecar.metadata.tensors}
@@ -348,7 +372,6 @@ def _shard(sidecar: DiagonalSidecar, shard: str) -> Iterator[Any]:
     try:
         with path.open("rb") as file:
             read_header(file, path)
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
+        yield path
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SidecarError(f"{path} is not a whole safetensors file: {first_line(error)}") from error

@@ -22,7 +22,7 @@ from fisher_mask_mergekit.diagonal_sidecar import (
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import load_model, settle_dtype
-from fisher_mask_mergekit.sidecar import probe
+from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.tasks import Batch
 
 

@@ -13,7 +13,8 @@ from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.layout_check import check_layout
 from fisher_mask_mergekit.loading import load_model, settle_dtype
-from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, probe, write
+from fisher_mask_mergekit.recognition import probe
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, write
 from fisher_mask_mergekit.sites import stack_of
 from fisher_mask_mergekit.skeleton import sites_in
 from fisher_mask_mergekit.tasks import Batch

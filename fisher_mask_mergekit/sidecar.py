@@ -6,7 +6,7 @@ The format is described in ``docs/sidecar.md``.
 import hashlib
 import reprlib
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -19,20 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.errors import SidecarError
+from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, probe
 from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, name_template
+from fisher_mask_mergekit.sites import GovernedTensor, Node, Site
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.untrusted import LONGEST_STRING, read_header, read_json, read_regular
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
-VALUES_PER_TENSOR = 16
-"""How many values of each governed tensor are kept to recognise the checkpoint by."""
 
 _MOST_BYTES = 1 << 30
-_STRIDE = 2654435761  # A prime larger than any row, so that the values are spread over rows and columns.
 
 
 class Record(BaseModel):
@@ -75,7 +73,7 @@ class Measurement(Record):
         revision: The checkpoint's commit on the hub; None for a local folder.
         architecture: The checkpoint's class.
         task: What was predicted, see :mod:`~fisher_mask_mergekit.tasks`.
-        weights: SHA-256 over the values that :func:`probe` takes of every tensor of the checkpoint.
+        weights: SHA-256 over some values of every tensor of the checkpoint, see :func:`digest_of`.
         settings: The request.
         data: The samples.
         samples: N, how many were measured.
@@ -137,7 +135,7 @@ class Sidecar:
     Attributes:
         metadata: What was measured and how.
         fisher: Per site's output projection, its Fisher vectors, float32.
-        values: Per governed tensor, some of its values, see :func:`probe`.
+        values: Per governed tensor, some of its values, see :func:`~fisher_mask_mergekit.recognition.probe`.
         source: Where it was read from, for messages.
     """
 
@@ -152,11 +150,11 @@ class Sidecar:
         return {tensor.name: (site, tensor) for site in self.metadata.sites for tensor in site.tensors}
 
     @cached_property
-    def _by_template(self) -> dict[str, list[str]]:
-        names: dict[str, list[str]] = {}
-        for name in self.governed:
-            names.setdefault(name_template(name), []).append(name)
-        return names
+    def _recognition(self) -> Recognition:
+        known = {name: (tensor.shape, self.values[name]) for name, (_, tensor) in self.governed.items()}
+        return Recognition(
+            known, f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
+        )
 
     @cached_property
     def means(self) -> dict[Node, float]:
@@ -184,58 +182,8 @@ class Sidecar:
         Raises:
             SidecarMismatchError: If the values are not this checkpoint's, or fit several layers.
         """
-        family = self._by_template.get(name_template(name))
-        if family is None:
-            return None
-        return self.governed[which_tensor(name, tensor, family, self._fits, self._about)]
-
-    @property
-    def _about(self) -> str:
-        return f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
-
-    def _fits(self, name: str, shape: torch.Size, got: Tensor) -> bool:
-        if tuple(shape) != self.governed[name][1].shape:
-            return False
-        return torch.equal(self.values[name][: len(got)].to(got.dtype), got)
-
-
-def which_tensor(
-    name: str,
-    tensor: Tensor,
-    family: Sequence[str],
-    fits: Callable[[str, torch.Size, Tensor], bool],
-    about: str,
-) -> str:
-    """Which of a checkpoint's tensors this is: the one of that name if its values fit, else the only one that fits.
-
-    Args:
-        name: The name it goes by.
-        tensor: The tensor.
-        family: The names of the same tensor in all layers.
-        fits: Whether a shape and probed values are those that are kept of a name.
-        about: Whose tensors, for messages.
-
-    Raises:
-        SidecarMismatchError: If none fits, or several.
-    """
-    got = probe(tensor)
-    if name in family and fits(name, tensor.shape, got):
-        return name
-    found = [other for other in family if other != name and fits(other, tensor.shape, got)]
-    if len(found) == 1:
-        return found[0]
-    what = f"fits several layers ({', '.join(found[:3])})" if found else "has other values"
-    raise SidecarMismatchError(f"{about}: tensor '{name}' {what}")
-
-
-def probe(tensor: Tensor) -> Tensor:
-    """The values a tensor is recognised by, ``[min(16, numel)]``, in its own dtype, on the CPU.
-
-    Value k is at ``(k * 2654435761) mod numel`` in row-major order.
-    """
-    count = tensor.numel()
-    positions = torch.arange(min(VALUES_PER_TENSOR, count), device=tensor.device) * _STRIDE % count
-    return tensor.detach().reshape(-1)[positions].cpu()
+        known = self._recognition.which(name, tensor)
+        return None if known is None else self.governed[known]
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

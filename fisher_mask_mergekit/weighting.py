@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
@@ -38,11 +39,13 @@ def merge_rows(
     Reference: arXiv 2403.09891, eq. (5).
     """
     first = tensors[0]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    merged = torch.zeros_like(first, dtype=dtype)
-    for tensor, part in zip(tensors, shares(weights, fishers).to(first.device, dtype), strict=True):
-        merged.addcmul_(tensor, part)
-    return merged.to(first.dtype)
+    rows = [row.expand(first.shape) for row in shares(weights, fishers).to(first.device, wide_dtype(first))]
+
+    def add(index: Index, values: Sequence[Tensor], total: Tensor) -> None:
+        for value, row in zip(values, rows, strict=True):
+            total.addcmul_(value, row[index])
+
+    return in_blocks(tensors, add)
 
 
 def shares(weights: Sequence[float], fishers: Sequence[Tensor] | None = None) -> Tensor:

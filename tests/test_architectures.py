@@ -19,8 +19,9 @@ from fisher_mask_mergekit.checkpoint import locate, read_tensors, tensor_shapes
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
+from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sidecar import Sidecar, probe, write
+from fisher_mask_mergekit.sidecar import Sidecar, write
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.store import BESIDE

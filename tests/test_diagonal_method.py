@@ -115,14 +115,14 @@ def test_zero_everywhere_is_the_weighted_mean_and_zero_in_one_model_takes_the_ot
             [[one, two][i] for i in order],
             [[1.0, 3.0][i] for i in order],
             [[1.0, 3.0][i] for i in order],
-            lambda index, order=order: fishers[order[index]],  # type: ignore[misc]
+            lambda number, block, order=order: fishers[order[number]][block],  # type: ignore[misc]
         )
         assert_close(got, torch.stack([(one + 3 * two)[0] / 4, two[1], one[2], (one + 3 * two)[3] / 4]))
 
 
 def test_huge_weights_do_not_overflow() -> None:
     ones = torch.ones(2)
-    got = merge_elements([ones, 0 * ones], [1e308, 1e308], [1e308, 1e308], lambda index: ones)
+    got = merge_elements([ones, 0 * ones], [1e308, 1e308], [1e308, 1e308], lambda number, block: ones[block])
     assert_close(got, torch.full((2,), 0.5))
 
 

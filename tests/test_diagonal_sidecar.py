@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fisher_mask_mergekit import diagonal_sidecar
+from fisher_mask_mergekit.blocks import blocks
 from fisher_mask_mergekit.diagonal_sidecar import (
     INDEX,
     DiagonalMetadata,
@@ -24,9 +25,9 @@ from fisher_mask_mergekit.diagonal_sidecar import (
     write_diagonal,
 )
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.seal import digest, seal
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sidecar import probe
 from tests import tiny
 from tests.test_sidecar import metadata_for
 
@@ -247,6 +248,34 @@ def test_values_that_cannot_be_are_an_error_when_they_are_needed(folder: Path, b
     sidecar = read_diagonal(folder)
     with pytest.raises(SidecarError, match=f"{WORDS} has values that are negative or not finite"):
         sidecar.fisher(sidecar.records[WORDS])
+
+
+@pytest.mark.parametrize(("shape", "offset", "strides"), [
+    ((32, 64), 0, (1, 32)),
+    ((5, 32), 7 * 32, (32, 1)),
+    ((4, 16, 8), 3, (512, 32, 2)),
+    ((6,), 40, (0,)),
+])  # fmt: skip
+def test_blocks_of_a_view_are_those_of_the_parameter(
+    folder: Path, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]
+) -> None:
+    count = torch.Size(shape).numel()
+    view(shape=shape, offset=offset, strides=strides, values=[0.0] * min(16, count))(folder)
+    sidecar = read_diagonal(folder)
+    wanted = made_up(tiny.classifier("bert"))[WORDS].as_strided(shape, strides, offset)
+    got = torch.zeros(shape)
+    for index in blocks(shape, 50):
+        got[index] = sidecar.fisher(sidecar.records["v"], index)
+    assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_shard_that_was_cut_short_since_is_an_error(folder: Path) -> None:
+    sidecar = read_diagonal(folder)
+    shard = sidecar.folder / sidecar.metadata.tensors[0].shard
+    content = shard.read_bytes()
+    shard.write_bytes(content[: 8 + int.from_bytes(content[:8], "little") + 4])
+    with pytest.raises(SidecarError, match=f"{shard.name} is not a whole safetensors file: mmap length"):
+        sidecar.fisher(sidecar.metadata.tensors[0])
 
 
 def test_a_copy_elsewhere_works_and_so_do_links(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from transformers import BertForSequenceClassification
 
 from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
-from fisher_mask_mergekit.sidecar import Sidecar, probe, write
+from fisher_mask_mergekit.recognition import probe
+from fisher_mask_mergekit.sidecar import Sidecar, write
 from tests import tiny
 from tests.test_sidecar import metadata_for
 

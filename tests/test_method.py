@@ -11,8 +11,9 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from torch import Tensor
 from torch.testing import assert_close
 
+from fisher_mask_mergekit import method
 from fisher_mask_mergekit.merging import MergeError
-from fisher_mask_mergekit.sidecar import Sidecar, write
+from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from fisher_mask_mergekit.sites import name_template
 from fisher_mask_mergekit.weighting import merge_rows
 from tests import tiny
@@ -248,6 +249,19 @@ def test_another_checkpoints_sidecar_is_an_error(inputs: Inputs) -> None:
         inputs.merge()
 
 
+def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+
+    def counted(path: Path) -> Sidecar:
+        paths.append(str(path))
+        return read(path)
+
+    monkeypatch.setattr(method, "read", counted)
+    inputs.merge()
+    inputs.merge()
+    assert sorted(paths) == inputs.paths
+
+
 def test_a_stale_sidecar_is_an_error(inputs: Inputs) -> None:
     inputs.states[0] = {
         name: value * 1.01 if value.is_floating_point() else value for name, value in inputs.states[0].items()
@@ -321,12 +335,11 @@ def test_the_sidecar_is_looked_for_beside_the_checkpoint_then_in_the_cache(
     folder = tmp_path / "model"
     folder.mkdir()
     beside, cached = folder / store.BESIDE, store.cached(Checkpoint(str(folder), folder, None))
-    method = get("fisher_mask")
     reference = ModelReference.parse(str(folder))
 
     def merged() -> Tensor:
         return merge_tensors(
-            [state[QUERY] for state in inputs.states], method, ids=[reference, 1], name=QUERY,
+            [state[QUERY] for state in inputs.states], get("fisher_mask"), ids=[reference, 1], name=QUERY,
             parameters={"sidecar": ["", inputs.paths[1]]},
         )  # fmt: skip
 

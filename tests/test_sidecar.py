@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.seal import seal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import (
@@ -21,7 +22,6 @@ from fisher_mask_mergekit.sidecar import (
     Metadata,
     Sidecar,
     may_replace,
-    probe,
     read,
     write,
 )
