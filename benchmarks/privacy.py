@@ -146,7 +146,7 @@ def _auc(name: str, among: str | None = None) -> Callable[[list[Any]], float]:
         ranks = rankdata(numpy.concatenate([one[name][use] for one, use in zip(found, chosen, strict=True)]))
         ones, zeros = int(inside.sum()), int((~inside).sum())
         if not ones or not zeros:
-            return float("nan")
+            return math.nan
         return float((ranks[inside].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
     return score
@@ -157,7 +157,8 @@ def _absent(among: str | None = None) -> Callable[[list[Any]], float]:
 
     def score(found: list[Any]) -> float:
         kept = [one["absent"][~one["inside"] & (one[among] if among else True)] for one in found]
-        return float(numpy.concatenate(kept).mean())
+        outside = numpy.concatenate(kept)
+        return float(outside.mean()) if len(outside) else math.nan
 
     return score
 

@@ -1,8 +1,8 @@
 """Some or all of a sidecar's samples measured again, and what that says of its numbers.
 
 With all N samples, every number must come out again. With K of them, what they alone add up to is no more than what all
-N do, because every sample adds a square: a number below K / N of the K samples' mean is refuted. One that is too
-high is not, nor is one that happens to lie above. See ``docs/sidecar.md``.
+N do, because every sample adds a square: a number below K / N of the K samples' mean is refuted. See
+``docs/sidecar.md``.
 """
 
 import math
@@ -153,8 +153,13 @@ def _request(job: Job, inputs: Inputs, sidecar: AnySidecar) -> Check:
         "truncated": (metadata.truncated, inputs.encoded.truncated),
     }
     other = [f"{name} {stored}, not {here}" for name, (stored, here) in pairs.items() if stored != here]
-    if isinstance(sidecar, Sidecar) and sidecar.metadata.sites != job.sites:
-        other.append("other mask nodes than this version finds in the checkpoint")
+    if isinstance(sidecar, Sidecar):
+        if sidecar.metadata.sites != job.sites:
+            other.append("other mask nodes than this version finds in the checkpoint")
+    elif job.parameters is None or any(
+        job.parameters.names.get(record.names[0]) != record.names for record in sidecar.metadata.tensors
+    ):
+        other.append("other parameters than this version finds in the checkpoint")
     if other:
         return Check("request", "failed", f"the sidecar says {'; '.join(other)}")
     return Check("request", "ok", "task, class, samples and lengths follow from it as stored")
@@ -162,7 +167,9 @@ def _request(job: Job, inputs: Inputs, sidecar: AnySidecar) -> Check:
 
 def _loaded_values(sidecar: AnySidecar, values: Mapping[str, Tensor]) -> Iterator[Check]:
     known = kept_values(sidecar)
-    wrong = sorted(name for name, value in values.items() if not same_values(known[name], value))
+    wrong = sorted(
+        name for name, value in values.items() if name not in known or not same_values(known[name], value)
+    )
     if wrong:
         yield Check("values", "failed", f"tensor '{wrong[0]}' has other values than were stored")
 
@@ -173,6 +180,9 @@ def _numbers(sidecar: AnySidecar, found: Measured, count: int) -> Check:
     wrong, total, likeness = [], 0, {}
     for name, stored, again in _vectors(sidecar, found.fisher):
         total += stored.numel()
+        if stored.shape != again.shape:
+            wrong.append(f"{name}: stored as {list(stored.shape)}, measured again it is {list(again.shape)}")
+            continue
         bad = refuted(stored, again, share, slack)
         if bool(bad.any()):
             wrong.append(_example(name, stored, again, bad))

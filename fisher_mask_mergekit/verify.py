@@ -1,6 +1,7 @@
 """Whether a sidecar is whole, and whether a checkpoint is the one that it was measured on."""
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_tensors, te
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.job import AnySidecar
 from fisher_mask_mergekit.preview.inspection import open_sidecar
-from fisher_mask_mergekit.provenance import checkpoint_of, reproducing_command
+from fisher_mask_mergekit.provenance import checkpoint_of
 from fisher_mask_mergekit.sidecar import Sidecar, digest_of, probe, read
 
 Verdict = Literal["ok", "plausible", "not checked", "failed"]
@@ -68,11 +69,11 @@ def check_file(sidecar: AnySidecar) -> Check:
     whole = f"{sidecar.source} is whole: {metadata.samples} samples, {metadata.described_checkpoint}"
     if isinstance(sidecar, Sidecar):
         return Check("file", "ok", whole)
-    count = sum(torch.Size(record.shape).numel() for record in sidecar.metadata.tensors)
-    fisher = map(sidecar.fisher, sidecar.metadata.tensors)
-    mean = math.fsum(float(one.double().sum()) for one in fisher) / count
+    records = sidecar.metadata.tensors
+    count = sum(torch.Size(record.shape).numel() for record in records)
+    mean = math.fsum(float(sidecar.fisher(record).double().sum()) for record in records) / max(1, count)
     if not math.isclose(mean, sidecar.metadata.mean, rel_tol=_MEAN_TOLERANCE):
-        stored = f"its index says that their mean is {sidecar.metadata.mean:.6e}"
+        stored = f"its index says that it is {sidecar.metadata.mean:.6e}"
         return Check("file", "failed", f"{sidecar.source}: the mean over all numbers is {mean:.6e}, {stored}")
     return Check("file", "ok", whole)
 
@@ -102,44 +103,33 @@ def check_weights(sidecar: AnySidecar, name: str) -> tuple[Check, Check]:
             yield name, tensor
 
     digest = digest_of(tensors())
-    return _values(sidecar, checkpoint, known, wrong, found), _weights(
-        sidecar, checkpoint, len(shapes), digest
-    )
+    values = _values(checkpoint, wrong, found, len(known) - found)
+    return values, _weights(sidecar, checkpoint, len(shapes), digest)
 
 
-def _values(
-    sidecar: AnySidecar, checkpoint: Checkpoint, known: Mapping[str, Tensor], wrong: list[str], found: int
-) -> Check:
-    if wrong or not found:
-        what = (
-            f"tensor '{min(wrong)}' has other values than were stored, and so have {len(wrong) - 1} others of {found}"
-            if wrong
-            else "it has none of the tensors that values were stored of"
-        )
-        return Check("values", "failed", f"{checkpoint.name}: {what}; {_remedy(sidecar)}")
-    rest = len(known) - found
-    others = f"; {rest} more are in the loaded model only, compare them with --recompute" if rest else ""
-    return Check("values", "ok", f"{checkpoint.name} has the stored values in {found} tensors{others}")
+def _values(checkpoint: Checkpoint, wrong: list[str], found: int, rest: int) -> Check:
+    if wrong:
+        detail = f"{len(wrong)} of {found} tensors have other values than were stored, '{min(wrong)}' for one"
+    elif not found:
+        detail = "it has none of the tensors that values were stored of"
+    else:
+        others = f"; {rest} more are in the loaded model only: compare them with --recompute" if rest else ""
+        return Check("values", "ok", f"{checkpoint.name} has the stored values in {found} tensors{others}")
+    return Check("values", "failed", f"{checkpoint.name}: {detail}")
 
 
 def _weights(sidecar: AnySidecar, checkpoint: Checkpoint, count: int, digest: str) -> Check:
-    stored = sidecar.metadata.weights
-    if digest != stored:
-        return Check(
-            "weights", "failed",
-            f"the digest over all {count} tensors of {checkpoint.name} is {digest:.12}, the sidecar has {stored:.12}: a tensor "
-            f"has other values, another shape or another name, or was saved in another dtype; {_remedy(sidecar)}",
-        )  # fmt: skip
+    metadata = sidecar.metadata
+    if digest == metadata.weights:
+        detail = f"names, shapes and sixteen values of all {count} tensors have the stored digest"
+        return Check("weights", "ok", detail)
+    remedy = ["mergekit-fisher", "compute", checkpoint.name, "--kind", metadata.settings.kind]
     return Check(
-        "weights", "ok", f"names, shapes and sixteen values of all {count} tensors have the stored digest"
-    )
-
-
-def _remedy(sidecar: AnySidecar) -> str:
-    return (
-        f"it was measured on {sidecar.metadata.described_checkpoint}; measure this checkpoint, as it was by:  "
-        f"{reproducing_command(sidecar.metadata)}"
-    )
+        "weights", "failed",
+        f"the digest over all {count} tensors of {checkpoint.name} is {digest:.12}, the sidecar has {metadata.weights:.12}: a "
+        "tensor has other values, another shape or another name, or was saved in another dtype. It was measured on "
+        f"{metadata.described_checkpoint}; measure this one:  {shlex.join(remedy)} --data DATASET",
+    )  # fmt: skip
 
 
 def no_checkpoint(sidecar: AnySidecar) -> Check:

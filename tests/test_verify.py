@@ -103,12 +103,9 @@ def test_without_a_checkpoint_only_the_file_is_checked(model: Path, tmp_path: Pa
 def test_another_checkpoint_fails(model: Path, tmp_path: Path) -> None:
     other = tiny.sibling(tmp_path / "other", model, seed=1)
     found = verify(model / store.BESIDE, "--model", other, "--recompute", "2", code=1)
-    assert (
-        "has other values than were stored, and so have 31 others of 32; it was measured on"
-        in found["values"][1]
-    )
-    assert "mergekit-fisher compute" in found["values"][1]
+    assert "32 of 32 tensors have other values than were stored, 'bert." in found["values"][1]
     assert found["weights"][0] == "failed"
+    assert f"measure this one:  mergekit-fisher compute {other} --kind mask" in found["weights"][1]
     assert found["numbers"] == ["not checked", "this checkpoint's would be others"]
     foreign = tiny.checkpoint(tmp_path / "foreign", "distilbert")
     assert (
@@ -234,6 +231,27 @@ def test_a_label_map_that_was_not_used_is_told(model: Path) -> None:
     )
 
 
+def test_other_sites_and_parameters_than_the_checkpoints_are_told(model: Path) -> None:
+    full = measure(model, Path("data.jsonl"), kind="diagonal", samples=2)
+    index = json.loads((full / INDEX).read_text())
+    index["tensors"][0]["names"].append("another")
+    (full / INDEX).write_text(json.dumps(index))
+    found = verify(full, "--recompute", 1, code=1)
+    assert (
+        found["request"][1] == "the sidecar says other parameters than this version finds in the checkpoint"
+    )
+
+    def cut(made: Sidecar) -> Sidecar:
+        first = made.metadata.sites[:1]
+        fisher = {site.output: made.fisher[site.output] for site in first}
+        return replace(made, metadata=made.metadata.model_copy(update={"sites": first}), fisher=fisher)
+
+    found = verify(tampered(model, cut), "--recompute", 1, code=1)
+    assert (
+        found["request"][1] == "the sidecar says other mask nodes than this version finds in the checkpoint"
+    )
+
+
 def test_too_many_samples_and_data_without_measuring_are_refused(model: Path) -> None:
     assert f"is of {SAMPLES} samples" in refused(model, "--recompute", SAMPLES + 1)
     assert "it goes with --recompute" in refused(model, "--data", "data.jsonl")
@@ -252,7 +270,7 @@ def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:
     )
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | {"mean": 2 * index["mean"]}))
-    assert "its index says that their mean is" in verify(folder, code=1)["file"][1]
+    assert "its index says that it is" in verify(folder, code=1)["file"][1]
     alone = shutil.copytree(folder, tmp_path / "alone")
     assert verify(alone, code=1)["values"][0] == "not checked"
 

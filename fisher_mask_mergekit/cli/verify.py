@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
-from fisher_mask_mergekit.cli.output import errors, print_json, progress, silence_progress_bars
+from fisher_mask_mergekit.cli.output import errors, print_json, print_lines, progress, silence_progress_bars
 from fisher_mask_mergekit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def verify(
         for check in _checks(target, model, recompute, data, device, trust_remote_code):
             checks.append(check)
             if not as_json:
-                print(f"{check.verdict}: {check.what}: {check.detail}")
+                print_lines([f"{check.verdict}: {check.what}: {check.detail}"])
         passed = all(check.verdict != "failed" for check in checks)
         if as_json:
             print_json({"sidecar": str(target), "ok": passed, "checks": [asdict(check) for check in checks]})
