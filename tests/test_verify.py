@@ -20,6 +20,8 @@ from fisher_mask_mergekit.recompute import refuted, rounding
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from tests import tiny
+from tests.families import FAMILIES, build
+from tests.test_architectures import compute_checkpoint
 from tests.test_cli import run
 
 OUTPUT = "bert.encoder.layer.0.attention.output.dense"
@@ -46,16 +48,16 @@ def model(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Path(shutil.copytree(original / "model", tmp_path / "model"))
 
 
-def verify(*arguments: str | Path, code: int = 0) -> dict[str, list[str]]:
+def verify(*arguments: str | int | Path, code: int = 0) -> dict[str, list[str]]:
     """By what was checked, the verdict and the detail."""
-    out = run("verify", *arguments, code=code).stdout
+    out = run("verify", *map(str, arguments), code=code).stdout
     lines = [line.split(": ", 2) for line in out.splitlines()]
     assert (code == 1) == any(verdict == "failed" for verdict, _, _ in lines)
     return {what: [verdict, detail] for verdict, what, detail in lines}
 
 
-def refused(*arguments: str | Path) -> str:
-    return run("verify", *arguments, code=1).stderr
+def refused(*arguments: str | int | Path) -> str:
+    return run("verify", *map(str, arguments), code=1).stderr
 
 
 def tampered(model: Path, change: Callable[[Sidecar], Sidecar | None]) -> Path:
@@ -66,7 +68,7 @@ def tampered(model: Path, change: Callable[[Sidecar], Sidecar | None]) -> Path:
     return path
 
 
-def change_weights(model: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_weights(model: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(model / "model.safetensors")
     change(tensors)
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
@@ -149,6 +151,19 @@ def test_grouped_queries_are_measured_again(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "llama", "llama")
     measure(folder, tiny.write_data(tmp_path / "data.jsonl"), samples=4)
     assert verify(folder, "--recompute", 4)["numbers"][0] == "ok"
+
+
+def test_tensors_that_only_the_loaded_model_has_are_compared_with_it(tmp_path: Path) -> None:
+    """Its files hold the experts one by one, the loaded model has them in one."""
+    folder = tmp_path / "mixtral"
+    (family,) = [one for one in FAMILIES if one.name == "mixtral"]
+    compute_checkpoint(build(family), folder, seed=0)
+    assert " more are in the loaded model only: compare them with --recompute" in verify(folder)["values"][1]
+    assert verify(folder, "--recompute", 6)["numbers"][0] == "ok"
+    name = "model.layers.1.mlp.experts.down_proj"
+    tampered(folder, lambda made: replace(made, values={**made.values, name: made.values[name] + 1}))
+    said = ["failed", f"tensor '{name}' has other values than were stored"]
+    assert verify(folder, "--recompute", 6, code=1)["values"] == said
 
 
 def scale_one(made: Sidecar, factor: float) -> None:
@@ -269,6 +284,12 @@ def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:
         in verify(folder, "--recompute", 4, code=1)["numbers"][1]
     )
     index = json.loads((folder / INDEX).read_text())
+    (record,) = [one for one in index["tensors"] if one["names"][0] == "classifier.bias"]
+    record["shape"] = [1, 2]
+    (folder / INDEX).write_text(json.dumps(index))
+    save_file(tensors | {"classifier.bias": tensors["classifier.bias"].reshape(1, 2)}, shard)
+    found = verify(folder, "--recompute", 4, code=1)["numbers"][1]
+    assert "classifier.bias: stored as [1, 2], measured again it is [2]" in found
     (folder / INDEX).write_text(json.dumps(index | {"mean": 2 * index["mean"]}))
     assert "its index says that it is" in verify(folder, code=1)["file"][1]
     alone = shutil.copytree(folder, tmp_path / "alone")
