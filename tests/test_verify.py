@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.diagonal_sidecar import INDEX
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalMetadata, read_diagonal, write_diagonal
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.recompute import refuted, rounding
@@ -66,6 +66,15 @@ def tampered(model: Path, change: Callable[[Sidecar], Sidecar | None]) -> Path:
     made = read(path)
     write(change(made) or made, path)
     return path
+
+
+def rewritten(
+    folder: Path, change: Callable[[DiagonalMetadata, dict[str, Tensor]], DiagonalMetadata]
+) -> None:
+    """The same full-size sidecar with something changed, whole otherwise."""
+    made = read_diagonal(folder)
+    numbers = {record.names[0]: made.fisher(record) for record in made.metadata.tensors}
+    write_diagonal(change(made.metadata, numbers), numbers.__getitem__, folder)
 
 
 def change_weights(model: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -248,9 +257,13 @@ def test_a_label_map_that_was_not_used_is_told(model: Path) -> None:
 
 def test_other_sites_and_parameters_than_the_checkpoints_are_told(model: Path) -> None:
     full = measure(model, Path("data.jsonl"), kind="diagonal", samples=2)
-    index = json.loads((full / INDEX).read_text())
-    index["tensors"][0]["names"].append("another")
-    (full / INDEX).write_text(json.dumps(index))
+
+    def rename(metadata: DiagonalMetadata, _: dict[str, Tensor]) -> DiagonalMetadata:
+        first, *others = metadata.tensors
+        another = first.model_copy(update={"names": (*first.names, "another")})
+        return metadata.model_copy(update={"tensors": (another, *others)})
+
+    rewritten(full, rename)
     found = verify(full, "--recompute", 1, code=1)
     assert (
         found["request"][1] == "the sidecar says other parameters than this version finds in the checkpoint"
@@ -275,22 +288,28 @@ def test_too_many_samples_and_data_without_measuring_are_refused(model: Path) ->
 def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:
     folder = measure(model, Path("data.jsonl"), kind="diagonal", samples=4)
     assert verify(folder).keys() == {"file", "values", "weights"}
-    (shard,) = folder.glob("*.safetensors")
-    tensors = load_file(shard)
-    tensors["classifier.weight"][0, 0] *= 1.5
-    save_file(tensors, shard)
-    assert (
-        "classifier.weight: 1 of 64 numbers; that at [0, 0]"
-        in verify(folder, "--recompute", 4, code=1)["numbers"][1]
-    )
-    index = json.loads((folder / INDEX).read_text())
-    (record,) = [one for one in index["tensors"] if one["names"][0] == "classifier.bias"]
-    record["shape"] = [1, 2]
-    (folder / INDEX).write_text(json.dumps(index))
-    save_file(tensors | {"classifier.bias": tensors["classifier.bias"].reshape(1, 2)}, shard)
-    found = verify(folder, "--recompute", 4, code=1)["numbers"][1]
-    assert "classifier.bias: stored as [1, 2], measured again it is [2]" in found
-    (folder / INDEX).write_text(json.dumps(index | {"mean": 2 * index["mean"]}))
+
+    def scale(metadata: DiagonalMetadata, numbers: dict[str, Tensor]) -> DiagonalMetadata:
+        numbers["classifier.weight"][0, 0] *= 1.5
+        return metadata
+
+    rewritten(folder, scale)
+    detail = verify(folder, "--recompute", 4, code=1)["numbers"][1]
+    assert "classifier.weight: 1 of 64 numbers; that at [0, 0]" in detail
+
+    def reshape(metadata: DiagonalMetadata, numbers: dict[str, Tensor]) -> DiagonalMetadata:
+        numbers["classifier.bias"] = numbers["classifier.bias"].reshape(1, 2)
+        shapes = {"shape": (1, 2)}
+        records = [
+            one.model_copy(update=shapes) if one.names[0] == "classifier.bias" else one
+            for one in metadata.tensors
+        ]
+        return metadata.model_copy(update={"tensors": tuple(records)})
+
+    rewritten(folder, reshape)
+    detail = verify(folder, "--recompute", 4, code=1)["numbers"][1]
+    assert "classifier.bias: stored as [1, 2], measured again it is [2]" in detail
+    rewritten(folder, lambda metadata, _: metadata.model_copy(update={"mean": 2 * metadata.mean}))
     assert "its index says that it is" in verify(folder, code=1)["file"][1]
     alone = shutil.copytree(folder, tmp_path / "alone")
     assert verify(alone, code=1)["values"][0] == "not checked"
