@@ -134,7 +134,7 @@ def _weights(sidecar: AnySidecar, checkpoint: Checkpoint, count: int, digest: st
 
 def no_checkpoint(sidecar: AnySidecar) -> Check:
     """That there is nothing to compare with."""
-    name = checkpoint_of(sidecar.metadata)
+    name = shlex.quote(checkpoint_of(sidecar.metadata))
     detail = f"the sidecar lies in no checkpoint's folder; compare it with one:  --model {name}"
     return Check("values", "not checked", detail)
 

@@ -101,9 +101,11 @@ def test_a_sidecar_beside_its_checkpoint_passes(model: Path) -> None:
 
 def test_without_a_checkpoint_only_the_file_is_checked(model: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copy(model / store.BESIDE, tmp_path / "alone.safetensors"))
+    odd = read(alone)
+    write(replace(odd, metadata=odd.metadata.model_copy(update={"checkpoint": "a b; c"})), alone)
     verdict, detail = verify(alone)["values"]
     assert verdict == "not checked"
-    assert "compare it with one:  --model " in detail
+    assert detail.endswith("compare it with one:  --model 'a b; c'")
     assert verify(alone, "--model", model)["weights"][0] == "ok"
     assert "--recompute needs the checkpoint: the sidecar lies in no" in refused(alone, "--recompute", "2")
     alone.write_bytes(alone.read_bytes()[:-8])
