@@ -59,6 +59,7 @@ class Job:
         parameters: What its parameters are called, if they are what is measured.
         weights: Digest of its tensors.
         settings: The request.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
         data: What to measure on.
         inputs: The same for the model; None if ``served``.
         target: Where the sidecar goes.
@@ -74,6 +75,7 @@ class Job:
     parameters: ParameterNames | None
     weights: str
     settings: FisherSettings
+    trust_remote_code: bool
     data: DataRecord
     inputs: Inputs | None
     target: Path
@@ -136,6 +138,7 @@ def prepare(
         parameters=parameters,
         weights=weights,
         settings=settings,
+        trust_remote_code=trust_remote_code,
         data=found.metadata.data if found else samples.record,
         inputs=inputs,
         target=target,

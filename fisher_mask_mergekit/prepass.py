@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fisher_mask_mergekit import measure_diagonal, measure_mask, store
 from fisher_mask_mergekit.batches import lacks_for_padding
@@ -88,25 +89,71 @@ def compute(
         path = Path(job.served.source)
         return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
     assert job.inputs is not None
-    kind: Any = measure_mask if job.settings.kind == "mask" else measure_diagonal
-    model, values = kind.load(job, job.inputs)
+    replaced = _replaced(job)
+    found = measure(job, job.inputs, device, on_start=on_start, on_batch=on_batch)
+    facts = _facts(job, job.inputs, found.fisher, device)
+    sidecar = _kind(job).save(job, found.fisher, found.values, facts)
+    notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
+    return Outcome(sidecar, job.target, found.seconds, False, notes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What :func:`measure` found.
+
+    Attributes:
+        fisher: The Fisher information.
+        values: What a merge will know the checkpoint's tensors by, see :func:`~fisher_mask_mergekit.sidecar.probe`.
+        seconds: How long the measuring took.
+        notes: What the user should know.
+    """
+
+    fisher: MaskFisher | DiagonalFisher
+    values: dict[str, Tensor]
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def measure(
+    job: Job,
+    inputs: Inputs,
+    device: torch.device,
+    *,
+    on_start: Callable[[int], None] = lambda samples: None,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Measured:
+    """Load a checkpoint and run samples through it; nothing is written.
+
+    Args:
+        job: What :func:`~fisher_mask_mergekit.job.prepare` found.
+        inputs: Its samples, or some of them.
+        device: Where to run.
+        on_start: Called with the number of samples before the first batch.
+        on_batch: Called after every batch.
+
+    Raises:
+        FisherMaskError: On bad input.
+    """
+    kind = _kind(job)
+    model, values = kind.load(job, inputs)
     batch_size, notes = job.settings.batch_size, []
-    if lacking := lacks_for_padding(job.inputs.tokenizer):
+    if lacking := lacks_for_padding(inputs.tokenizer):
         batch_size = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
-    notes += _replaced(job)
-    on_start(len(job.inputs.encoded.samples))
+    on_start(len(inputs.encoded.samples))
     started = time.perf_counter()
     with model_errors(job.checkpoint.name, job.model_class, batch_size):
-        measured = kind.measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
+        fisher = kind.measure(job, inputs, model.to(device), device, batch_size, on_batch)
     seconds = time.perf_counter() - started
-    sidecar = kind.save(job, measured, values, _facts(job, job.inputs, measured, device))
-    if measured.one_by_one and batch_size > 1:
+    if fisher.one_by_one and batch_size > 1:
         notes.append(
             f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
         )
-    notes += kind.notes(measured)
-    return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, sidecar.metadata, job.target)))
+    return Measured(fisher, values, seconds, (*notes, *kind.notes(fisher)))
+
+
+def _kind(job: Job) -> Any:
+    return measure_mask if job.settings.kind == "mask" else measure_diagonal
 
 
 def _replaced(job: Job) -> list[str]:
@@ -131,6 +178,7 @@ def _facts(
         "task": job.task.kind,
         "weights": job.weights,
         "settings": job.settings,
+        "trust_remote_code": job.trust_remote_code,
         "data": job.data,
         "samples": measured.samples,
         "max_length": inputs.max_length,
@@ -183,7 +231,7 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    libraries = ("fisher-mask-mergekit", "torch", "transformers", "datasets")
+    libraries = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")
     return {library: version(library) for library in libraries} | {"python": platform.python_version()}
 
 

@@ -75,6 +75,7 @@ class Measurement(Record):
         task: What was predicted, see :mod:`~fisher_mask_mergekit.tasks`.
         weights: SHA-256 over some values of every tensor of the checkpoint, see :func:`digest_of`.
         settings: The request.
+        trust_remote_code: Whether code that comes with the checkpoint might run.
         data: The samples.
         samples: N, how many were measured.
         max_length: Tokens per sample at most.
@@ -93,6 +94,7 @@ class Measurement(Record):
     task: str
     weights: str
     settings: FisherSettings
+    trust_remote_code: bool = False
     data: DataRecord
     samples: int = Field(ge=1)
     max_length: int = Field(ge=1)

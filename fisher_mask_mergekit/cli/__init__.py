@@ -10,6 +10,7 @@ from fisher_mask_mergekit.cli.before import check, init, inspect, sites
 from fisher_mask_mergekit.cli.compute import compute
 from fisher_mask_mergekit.cli.evaluate import evaluate
 from fisher_mask_mergekit.cli.tune import tune
+from fisher_mask_mergekit.cli.verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +36,7 @@ def _options(
     pass
 
 
-for command in (compute, init, sites, inspect, check, heads, evaluate, tune, demo):
+for command in (compute, init, sites, inspect, verify, check, heads, evaluate, tune, demo):
     app.command()(command)
 
 

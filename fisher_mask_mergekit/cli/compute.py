@@ -1,5 +1,6 @@
 """``mergekit-fisher compute``."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -53,13 +54,15 @@ def compute(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Column that the model reads, or several with commas between: text, question."),
+        typer.Option(
+            help="Column that the model reads, or several with commas between (or as JSON): text, question."
+        ),
     ] = None,
     label: Annotated[
         str | None, typer.Option(help="Column that it is to predict: label, tags, answer.")
     ] = None,
     label_map: Annotated[
-        str | None, typer.Option(help="The data's labels to the checkpoint's: 'neg=0,pos=1'.")
+        str | None, typer.Option(help="The data's labels to the checkpoint's: 'neg=0,pos=1', or as JSON.")
     ] = None,
     max_length: Annotated[
         int | None,
@@ -106,7 +109,6 @@ def compute(
         "seed": seed,
         "task": task,
         "loss": loss,
-        "text": text and (tuple(text.split(",")) if "," in text else text),
         "label": label,
         "max_length": max_length,
         "batch_size": batch_size,
@@ -116,6 +118,8 @@ def compute(
         "dtype": dtype,
     }
     with errors():
+        if text is not None:
+            given["text"] = _parse_text(text)
         if label_map is not None:
             given["label_map"] = _parse_label_map(label_map)
         overrides = {name: value for name, value in given.items() if value is not None}
@@ -198,11 +202,26 @@ def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
     say(f"{model.name}: no data in the recipe; its sidecar is {found}")
 
 
-def _parse_label_map(text: str) -> dict[str, str]:
+def _parse_text(text: str) -> Any:
+    if text.startswith("["):
+        return _parse_json(text, "--text")
+    return tuple(text.split(",")) if "," in text else text
+
+
+def _parse_label_map(text: str) -> Any:
+    if text.startswith("{"):
+        return _parse_json(text, "--label-map")
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(key.strip() and sign and value.strip() for key, sign, value in pairs):
         raise RecipeError(f"--label-map: expected DATA=CHECKPOINT pairs with commas between, got '{text}'")
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _parse_json(text: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{option}: not JSON: {error}, got '{text}'") from error
 
 
 def _report(name: str, outcome: "Outcome") -> None:

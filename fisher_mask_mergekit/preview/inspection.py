@@ -14,6 +14,7 @@ from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarNot
 from fisher_mask_mergekit.preview.forecast import Forecast, forecast
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
+from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe, RecipeModel
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.sites import layer_of, name_template
@@ -201,6 +202,7 @@ def as_json(sidecars: Iterable[Sidecar], shares: Iterable[ShareStatistics]) -> d
             {
                 "path": sidecar.source,
                 "metadata": sidecar.metadata.model_dump(mode="json", exclude={"sites"}),
+                "command": reproducing_command(sidecar.metadata),
                 "nodes": [asdict(one) for one in node_statistics(sidecar)],
             }
             for sidecar in sidecars

@@ -5,6 +5,7 @@ from itertools import groupby
 
 from fisher_mask_mergekit.preview.inspection import NodeStatistics, ShareStatistics, node_statistics
 from fisher_mask_mergekit.preview.survey import Survey
+from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.sidecar import Metadata, Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Site, layer_of, name_template
 
@@ -129,6 +130,8 @@ def metadata_fields(metadata: Metadata) -> dict[str, str]:
         "loss": f"{metadata.loss:.4f} nats, {settings.loss} over a sample's predictions{accuracy}",
         "measured": f"{metadata.date} on {metadata.device}, weights in {settings.dtype}",
         "versions": ", ".join(f"{library} {version}" for library, version in metadata.versions.items()),
+        "digests": f"weights {metadata.weights:.12}, drawn rows {data.digest:.12}",
+        "measure": reproducing_command(metadata),
     }
 
 

@@ -1,0 +1,98 @@
+"""``mergekit-fisher verify``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
+from fisher_mask_mergekit.cli.output import errors, print_json, print_lines, progress, silence_progress_bars
+from fisher_mask_mergekit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fisher_mask_mergekit.verify import Check
+
+
+def verify(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SIDECAR", help="A sidecar, of either kind, or the folder of a checkpoint that has one."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint to compare it with: a folder or a hub id. [default: the one whose folder it lies in]"
+        ),
+    ] = None,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="Measure so many of its samples again, and compare; all of them to be sure.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="With --recompute, where the data is. [default: what the sidecar says, at its commit]"
+        ),
+    ] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check a sidecar: whole, of this checkpoint, and, measured again, with these numbers."""
+    with errors():
+        from dataclasses import asdict
+
+        if data is not None and recompute is None:
+            raise RecipeError("--data says where to measure again; it goes with --recompute")
+        silence_progress_bars()
+        checks = []
+        for check in _checks(target, model, recompute, data, device, trust_remote_code):
+            checks.append(check)
+            if not as_json:
+                print_lines([f"{check.verdict}: {check.what}: {check.detail}"])
+        passed = all(check.verdict != "failed" for check in checks)
+        if as_json:
+            print_json({"sidecar": str(target), "ok": passed, "checks": [asdict(check) for check in checks]})
+        if not passed:
+            raise typer.Exit(1)
+
+
+def _checks(
+    target: Path,
+    model: str | None,
+    count: int | None,
+    data: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+) -> Iterator["Check"]:
+    from fisher_mask_mergekit import verify
+    from fisher_mask_mergekit.prepass import pick_device
+    from fisher_mask_mergekit.recompute import recompute
+
+    sidecar, folder = verify.find(target)
+    name = model or folder
+    if count is not None and name is None:
+        raise RecipeError(f"--recompute needs the checkpoint: {verify.no_checkpoint(sidecar).detail}")
+    yield verify.check_file(sidecar)
+    if name is None:
+        yield verify.no_checkpoint(sidecar)
+        return
+    weights = verify.check_weights(sidecar, name)
+    yield from weights
+    if count is None:
+        return
+    if any(check.verdict == "failed" for check in weights):
+        yield verify.Check("numbers", "not checked", "this checkpoint's would be others")
+        return
+    with progress(name) as (on_start, on_batch):
+        yield from recompute(
+            sidecar, name, count, pick_device(device),
+            data=data, trust_remote_code=trust_remote_code, on_start=on_start, on_batch=on_batch,
+        )  # fmt: skip
