@@ -31,7 +31,7 @@ from fisher_mask_mergekit.sidecar import (
     which_tensor,
 )
 from fisher_mask_mergekit.sites import name_template
-from fisher_mask_mergekit.store import umask
+from fisher_mask_mergekit.store import replace_folder, umask
 
 FORMAT_VERSION: Literal[1] = 1
 INDEX = "diagonal_fisher.json"
@@ -228,17 +228,7 @@ def write_diagonal(
         temporary.chmod(0o777 & ~umask())
         for file in temporary.iterdir():
             file.chmod(0o666 & ~umask())
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            folder.replace(old)
-            try:
-                temporary.replace(folder)
-            except OSError:
-                old.replace(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            temporary.replace(folder)
+        replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SidecarError(f"cannot write {folder}: {reason}; nothing was written") from error
