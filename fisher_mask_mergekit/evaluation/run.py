@@ -83,16 +83,9 @@ def evaluate(
                 predictions = None if force else load_predictions(path)
                 if predictions is None:
                     runs += 1
+                    run = partial(run_contender, subject, contender, state, plan.options, device)
                     with progress(name) as (on_start, on_batch):
-                        predictions = run_contender(
-                            subject,
-                            contender,
-                            state,
-                            plan.options,
-                            device,
-                            on_start=on_start,
-                            on_batch=on_batch,
-                        )
+                        predictions = run(on_start=on_start, on_batch=on_batch)
                     try:
                         save_predictions(predictions, path)
                     except OSError as error:
