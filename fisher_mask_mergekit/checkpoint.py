@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -136,6 +136,26 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[tuple
                     yield modern(name), tensors.read(name)
     if wanted:
         raise CheckpointError(f"{checkpoint.name} has no tensor {min(wanted)} in its weight files")
+
+
+def side_files(checkpoint: Checkpoint) -> set[Path]:
+    """The files that a model is made of beside its weights: configurations, the tokenizer, code."""
+    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py")
+    return {file for pattern in patterns for file in checkpoint.folder.glob(pattern) if file.is_file()}
+
+
+def file_states(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of the last change of all files that a model is made of, by which a later change shows.
+
+    Raises:
+        CheckpointError: If there are no weights.
+    """
+    states = {}
+    for file in (*_weight_files(checkpoint), *side_files(checkpoint)):
+        with suppress(FileNotFoundError):
+            state = file.stat()
+            states[file.name] = (state.st_ino, state.st_size, state.st_mtime_ns)
+    return states
 
 
 def modern(name: str) -> str:

@@ -30,7 +30,7 @@ from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition
 from fisher_mask_mergekit.seal import damaged, digest, seal
 from fisher_mask_mergekit.sidecar import Measurement, Record, check_version, parse
 from fisher_mask_mergekit.sites import Count, Name
-from fisher_mask_mergekit.store import umask
+from fisher_mask_mergekit.store import replace_folder, umask
 from fisher_mask_mergekit.untrusted import MOST_AXES, read_header, read_json, read_regular
 
 FORMAT_VERSION: Literal[1] = 1
@@ -261,17 +261,7 @@ def write_diagonal(
         temporary.chmod(0o777 & ~umask())
         for file in temporary.iterdir():
             file.chmod(0o666 & ~umask())
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            folder.replace(old)
-            try:
-                temporary.replace(folder)
-            except OSError:
-                old.replace(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            temporary.replace(folder)
+        replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SidecarError(f"cannot write {folder}: {reason}; nothing was written") from error

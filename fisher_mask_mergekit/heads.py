@@ -23,6 +23,7 @@ from fisher_mask_mergekit.checkpoint import (
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 from fisher_mask_mergekit.sites import Shapes
+from fisher_mask_mergekit.store import alone
 
 Pooler = Literal["own", "average"]
 
@@ -151,22 +152,20 @@ def _write(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, Tensor
     config = read_config(checkpoint) | {"dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with alone(folder):
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            try:
+                save_torch_state_dict(state, temporary)
+                (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                for pattern in TOKENIZER_FILES:
+                    for file in checkpoint.folder.glob(pattern):
+                        shutil.copy(file, temporary / file.name)
+                temporary.chmod(0o755)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise RecipeError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        save_torch_state_dict(state, temporary)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for pattern in TOKENIZER_FILES:
-            for file in checkpoint.folder.glob(pattern):
-                shutil.copy(file, temporary / file.name)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except OSError as error:
-        raise RecipeError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def headed_state(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from fisher_mask_mergekit import store
 from fisher_mask_mergekit.batches import EncodedSamples, encode_samples, lacks_for_padding
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
+    file_states,
     locate,
     read_tensors,
     tensor_shapes,
@@ -58,12 +59,14 @@ class Job:
         sites: Its mask nodes; none if those are not what is measured.
         parameters: What its parameters are called, if they are what is measured.
         weights: Digest of its tensors.
+        files: The state that its files were in before any was read.
         settings: The request.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         data: What to measure on.
         inputs: The same for the model; None if ``served``.
         target: Where the sidecar goes.
         elsewhere: Whether ``target`` is not a place where a merge looks by itself.
+        force: Whether to measure whatever was measured before.
         served: The sidecar that answers the request already, if there is one.
     """
 
@@ -74,12 +77,14 @@ class Job:
     sites: tuple[Site, ...]
     parameters: ParameterNames | None
     weights: str
+    files: dict[str, tuple[int, int, int]]
     settings: FisherSettings
     trust_remote_code: bool
     data: DataRecord
     inputs: Inputs | None
     target: Path
     elsewhere: bool
+    force: bool
     served: AnySidecar | None
 
 
@@ -104,6 +109,7 @@ def prepare(
         FisherMaskError: On bad input.
     """
     checkpoint = locate(name)
+    files = file_states(checkpoint)
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     task = task_of(config, name, settings)
     kind = class_of(checkpoint, config, task, trust_remote_code=trust_remote_code)
@@ -119,7 +125,7 @@ def prepare(
     weights = digest_of(read_tensors(checkpoint, shapes))
     places = () if force else [out] if out else store.find_all(checkpoint, settings.kind)
     answers = (_same_request(path, weights, settings, task, sites) for path in places)
-    found = next((sidecar for sidecar in answers if sidecar is not None), None)
+    found = next((sidecar for sidecar in answers if sidecar and _is_of_today(sidecar)), None)
     samples: Any = None
     if found is None or parse_spec(settings.data or "").is_local:
         samples = load_samples(settings, task)
@@ -137,12 +143,14 @@ def prepare(
         sites=sites,
         parameters=parameters,
         weights=weights,
+        files=files,
         settings=settings,
         trust_remote_code=trust_remote_code,
         data=found.metadata.data if found else samples.record,
         inputs=inputs,
         target=target,
         elsewhere=out is not None,
+        force=force,
         served=found,
     )
 
@@ -161,19 +169,25 @@ def _inputs(
         raise CheckpointError(f"{name}: {error}") from error
 
 
+def measured_meanwhile(job: Job) -> AnySidecar | None:
+    """What another process has written since the request was looked into, if that answers it."""
+    if job.force:
+        return None
+    found = _same_request(job.target, job.weights, job.settings, job.task, job.sites)
+    return found if found and found.metadata.data.digest == job.data.digest else None
+
+
 def _same_request(
     path: Path, weights: str, settings: FisherSettings, task: Task, sites: tuple[Site, ...]
 ) -> AnySidecar | None:
     """The sidecar at ``path`` if it answers this very request for these very weights.
 
-    Data on the hub must still be of the commit that was measured, if the hub can be asked; data here is for
-    the caller to compare.
+    Whether the data is still what it was is for the caller to compare.
     """
     try:
         sidecar: AnySidecar = read(path) if settings.kind == "mask" else read_diagonal(path)
     except SidecarError:
         return None
-    spec = parse_spec(settings.data or "")
     # As JSON has them: its keys are texts, so a label_map of numbers comes back as one of texts.
     asked, known = (one.model_dump(mode="json") for one in (settings, sidecar.metadata.settings))
     if known != asked or sidecar.metadata.weights != weights:
@@ -182,9 +196,13 @@ def _same_request(
         return None
     if sidecar.metadata.task != task.kind:  # The task may hang on the configuration, which is not a weight.
         return None
-    if not spec.is_local and hub_revision(spec) not in (sidecar.metadata.data.revision, None):
-        return None
     return sidecar
+
+
+def _is_of_today(sidecar: AnySidecar) -> bool:
+    """Whether data on the hub is still of the commit that was measured, if the hub can be asked."""
+    spec = parse_spec(sidecar.metadata.settings.data or "")
+    return spec.is_local or hub_revision(spec) in (sidecar.metadata.data.revision, None)
 
 
 def _find_sites(

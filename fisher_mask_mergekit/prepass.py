@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fisher_mask_mergekit import measure_diagonal, measure_mask, store
 from fisher_mask_mergekit.batches import lacks_for_padding
+from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import (
+    CheckpointError,
     FisherMaskError,
     MeasurementError,
     RecipeError,
@@ -25,7 +27,7 @@ from fisher_mask_mergekit.errors import (
     first_line,
 )
 from fisher_mask_mergekit.fisher import MaskFisher
-from fisher_mask_mergekit.job import AnySidecar, Inputs, Job
+from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile
 from fisher_mask_mergekit.sidecar import Measurement, read
 from fisher_mask_mergekit.tasks import Batch
 
@@ -71,26 +73,50 @@ def compute(
     job: Job,
     device: torch.device,
     *,
+    on_wait: Callable[[], None] = lambda: None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Outcome:
-    """Measure a checkpoint and write its sidecar, unless the same request was measured before.
+    """Measure a checkpoint and write its sidecar, unless the same request was measured before, or is meanwhile.
+
+    Of several processes with one target, one measures at a time.
 
     Args:
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         device: Where to run.
+        on_wait: Called before waiting for another process.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
 
     Raises:
-        FisherMaskError: On bad input; nothing is written then.
+        FisherMaskError: On bad input, or if the checkpoint changes; nothing is written then.
     """
     if job.served is not None:
-        path = Path(job.served.source)
-        return Outcome(job.served, path, 0.0, True, tuple(_notes(job, job.served.metadata, path)))
+        return _served(job, job.served)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(store.alone(job.target, on_wait))
+        except OSError as error:
+            raise SidecarError(
+                f"cannot write {job.target}: {error.strerror or error}; nothing was measured"
+            ) from error
+        if (found := measured_meanwhile(job)) is not None:
+            return _served(job, found)
+        return _measure(job, device, on_start, on_batch)
+
+
+def _served(job: Job, sidecar: AnySidecar) -> Outcome:
+    path = Path(sidecar.source)
+    return Outcome(sidecar, path, 0.0, True, tuple(_notes(job, sidecar.metadata, path)))
+
+
+def _measure(
+    job: Job, device: torch.device, on_start: Callable[[int], None], on_batch: Callable[[Batch], None]
+) -> Outcome:
     assert job.inputs is not None
     replaced = _replaced(job)
     found = measure(job, job.inputs, device, on_start=on_start, on_batch=on_batch)
+    _check_unchanged(job)
     facts = _facts(job, job.inputs, found.fisher, device)
     sidecar = _kind(job).save(job, found.fisher, found.values, facts)
     notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
@@ -103,7 +129,7 @@ class Measured:
 
     Attributes:
         fisher: The Fisher information.
-        values: What a merge will know the checkpoint's tensors by, see :func:`~fisher_mask_mergekit.sidecar.probe`.
+        values: What a merge will know the checkpoint's tensors by, see :func:`~fisher_mask_mergekit.recognition.probe`.
         seconds: How long the measuring took.
         notes: What the user should know.
     """
@@ -154,6 +180,17 @@ def measure(
 
 def _kind(job: Job) -> Any:
     return measure_mask if job.settings.kind == "mask" else measure_diagonal
+
+
+def _check_unchanged(job: Job) -> None:
+    """Refuse what may have been measured on one state of a checkpoint and be known by another."""
+    now = file_states(job.checkpoint)
+    changed = sorted(name for name in {**job.files, **now} if job.files.get(name) != now.get(name))
+    if changed:
+        raise CheckpointError(
+            f"{job.checkpoint.name} changed while it was measured ({', '.join(changed[:3])}); nothing was written. "
+            "Run the command again when its files stay as they are"
+        )
 
 
 def _replaced(job: Job) -> list[str]:

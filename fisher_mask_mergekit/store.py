@@ -1,10 +1,17 @@
 """Where sidecars live: where the recipe says, beside the checkpoint, or in the cache; and how files are written."""
 
+import ctypes
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import RecipeError
@@ -87,6 +94,42 @@ def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
     return cached(checkpoint, kind)
 
 
+@contextmanager
+def alone(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other processes from writing to ``path`` meanwhile; clears away what killed ones left half-written of it.
+
+    The lock is the system's, on ``.NAME.lock`` beside it: it goes with its process, however that ends. Whoever
+    only reads needs none, since what is written is renamed when it is whole.
+
+    Args:
+        path: A file or a folder, which need not exist.
+        on_wait: Called if another process has it, once, before waiting for that; without it, this is an error.
+
+    Raises:
+        OSError: If it cannot be locked: read-only, or a file system without locks. BlockingIOError: if another
+            process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), mode=0o666 & ~umask())
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        if on_wait is None:
+            raise BlockingIOError(errno.EAGAIN, "another process is writing it") from error
+        on_wait()
+        lock.acquire()
+    try:
+        for left in path.parent.glob(f".{escape(path.name)}.{'?' * 8}"):
+            with suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        # Still locked, so that who waits for it finds that it has no name any more, and asks for the next.
+        with suppress(OSError):  # Windows keeps files that are open.
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it: there is a whole file or none.
 
@@ -106,6 +149,37 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a whole folder the name of another, which is then at ``new``; or which need not exist.
+
+    On Linux there is no moment without a folder of that name; elsewhere there is, between two renames.
+
+    Raises:
+        OSError: If it cannot be; both are as they were.
+    """
+    if not folder.exists():
+        new.replace(folder)
+    elif not _exchange(new, folder):
+        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        folder.replace(old)
+        try:
+            new.replace(folder)
+        except OSError:
+            old.replace(folder)
+            raise
+        old.replace(new)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux.
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def check_writable(*paths: Path | None, is_recipe: bool = False) -> None:

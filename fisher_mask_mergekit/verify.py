@@ -16,7 +16,8 @@ from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_d
 from fisher_mask_mergekit.job import AnySidecar
 from fisher_mask_mergekit.preview.inspection import open_sidecar
 from fisher_mask_mergekit.provenance import checkpoint_of
-from fisher_mask_mergekit.sidecar import Sidecar, digest_of, probe, read
+from fisher_mask_mergekit.recognition import probe
+from fisher_mask_mergekit.sidecar import Sidecar, digest_of, read
 
 Verdict = Literal["ok", "plausible", "not checked", "failed"]
 

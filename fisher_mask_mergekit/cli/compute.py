@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -141,7 +142,15 @@ def compute(
             )
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             with progress(name) as (on_start, on_batch):
-                outcome = prepass.compute(job, where, on_start=on_start, on_batch=on_batch)
+                outcome = prepass.compute(
+                    job,
+                    where,
+                    on_wait=partial(
+                        say, f"{name}: waiting for another process that measures into {job.target}"
+                    ),
+                    on_start=on_start,
+                    on_batch=on_batch,
+                )
             _report(name, outcome)
 
 

@@ -72,7 +72,7 @@ def evaluate(
             from fisher_mask_mergekit.evaluation.plan import plan
             from fisher_mask_mergekit.evaluation.run import evaluate as run
 
-            found = run(plan(read, merged, options), where, progress, force=force)
+            found = run(plan(read, merged, options), where, progress, _say_waiting, force=force)
         for note in found.notes:
             say(note)
         print_lines(write_reports(found.results, json_file, markdown_file).split("\n"))
@@ -80,3 +80,7 @@ def evaluate(
             from fisher_mask_mergekit.pages.evaluate_page import evaluation_page
 
             write_result(html_file, evaluation_page(read, found.results).encode())
+
+
+def _say_waiting(name: str) -> None:
+    say(f"{name}: waiting for another process that runs the same")

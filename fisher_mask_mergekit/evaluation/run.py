@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.batches import encode_samples, lacks_for_padding, padded_batches
-from fisher_mask_mergekit.checkpoint import TOKENIZER_FILES, Checkpoint, read_tensors, tensor_shapes
+from fisher_mask_mergekit.checkpoint import Checkpoint, read_tensors, side_files, tensor_shapes
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.evaluation.plan import Contender, Options, Plan, Subject
 from fisher_mask_mergekit.evaluation.predictions import (
@@ -25,7 +26,7 @@ from fisher_mask_mergekit.evaluation.predictions import (
 from fisher_mask_mergekit.evaluation.scores import Results, score_task
 from fisher_mask_mergekit.loading import load_model, load_tokenizer, longest
 from fisher_mask_mergekit.prepass import model_errors
-from fisher_mask_mergekit.store import cache_folder
+from fisher_mask_mergekit.store import alone, cache_folder
 from fisher_mask_mergekit.tasks import Tokenization
 
 Progress = Callable[[str], AbstractContextManager[tuple[Callable[[int], None], Callable[[Any], None]]]]
@@ -47,13 +48,23 @@ class Evaluation:
     notes: tuple[str, ...]
 
 
-def evaluate(plan: Plan, device: torch.device, progress: Progress, *, force: bool = False) -> Evaluation:
+def evaluate(
+    plan: Plan,
+    device: torch.device,
+    progress: Progress,
+    on_wait: Callable[[str], None] = lambda name: None,
+    *,
+    force: bool = False,
+) -> Evaluation:
     """Run every model of a plan on its samples, unless that was done before, and score them.
+
+    Of several processes that run the same, one does.
 
     Args:
         plan: What to run.
         device: Where.
         progress: Shows how far it is.
+        on_wait: Called with a name before waiting for another process that runs the same.
         force: Run also what was run before.
 
     Raises:
@@ -65,17 +76,20 @@ def evaluate(plan: Plan, device: torch.device, progress: Progress, *, force: boo
         for contender in contenders:
             state = contender.state() if contender.state else None
             path = cache_folder() / "evaluations" / f"{_key(subject, contender, state)}.npz"
-            predictions = None if force else load_predictions(path)
-            if predictions is None:
-                runs += 1
-                with progress(f"{subject.name}, {contender.line}") as (on_start, on_batch):
-                    predictions = run_contender(
-                        subject, contender, state, plan.options, device, on_start=on_start, on_batch=on_batch
-                    )
-                try:
-                    save_predictions(predictions, path)
-                except OSError as error:
-                    notes.append(f"cannot keep the predictions in {path}: {error.strerror or error}")
+            name = f"{subject.name}, {contender.line}"
+            with ExitStack() as stack:
+                with suppress(OSError):  # Read-only: then what is not there is run, and not kept.
+                    stack.enter_context(alone(path, partial(on_wait, name)))
+                predictions = None if force else load_predictions(path)
+                if predictions is None:
+                    runs += 1
+                    run = partial(run_contender, subject, contender, state, plan.options, device)
+                    with progress(name) as (on_start, on_batch):
+                        predictions = run(on_start=on_start, on_batch=on_batch)
+                    try:
+                        save_predictions(predictions, path)
+                    except OSError as error:
+                        notes.append(f"cannot keep the predictions in {path}: {error.strerror or error}")
             found[contender.line] = predictions
             notes += _notes(subject, contender, predictions)
         data = subject.settings.data or ""
@@ -166,12 +180,10 @@ def checkpoint_parts(checkpoint: Checkpoint, state: Mapping[str, Tensor] | None 
     tensors: Iterable[tuple[str, Tensor]] = (
         state.items() if state is not None else read_tensors(checkpoint, tensor_shapes(checkpoint))
     )
-    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py")
-    files = {file for pattern in patterns for file in checkpoint.folder.glob(pattern) if file.is_file()}
     return {
         "versions": {name: version(name) for name in ("fisher-mask-mergekit", "torch", "transformers")},
         "weights": content_digest(tensors),
-        "files": {file.name: file_digest(file) for file in sorted(files)},
+        "files": {file.name: file_digest(file) for file in sorted(side_files(checkpoint))},
     }
 
 

@@ -2,13 +2,11 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fisher_mask_mergekit.errors import RecipeError
@@ -68,30 +66,6 @@ class Study(_Record):
     def but(self, **changes: Any) -> "Study":
         """A copy with some fields replaced."""
         return self.model_copy(update=changes)
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep other runs from the study at ``path`` meanwhile. The system lets go of it when a process ends, however it does.
-
-    Raises:
-        RecipeError: If another run has it, or it cannot be kept from others.
-    """
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise RecipeError(
-            f"another run of mergekit-fisher tune is at {path}; wait until it ends, or choose another OUT"
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        raise RecipeError(
-            f"cannot lock {lock.lock_file}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_study(path: Path, key: Mapping[str, str]) -> Study:

@@ -5,7 +5,7 @@ import importlib
 import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +17,10 @@ from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.evaluation.plan import Options, Subject
 from fisher_mask_mergekit.evaluation.run import checkpoint_parts, file_digest
 from fisher_mask_mergekit.recipe import Recipe
-from fisher_mask_mergekit.store import check_writable, write_whole
+from fisher_mask_mergekit.store import alone, check_writable, write_whole
 from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
-from fisher_mask_mergekit.tuning.study import Study, alone, read_study, save_study, suggest
+from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
 from fisher_mask_mergekit.tuning.trials import own_scores, refuse_tokenizer, run_trial
 from fisher_mask_mergekit.tuning.written import with_coefficients, written
 
@@ -66,8 +66,17 @@ def claimed(out: Path) -> Iterator[None]:
     Raises:
         RecipeError: If another run has it, or it cannot be written.
     """
-    check_writable(out, study_file(out), is_recipe=True)
-    with alone(study_file(out)):
+    study = study_file(out)
+    check_writable(out, study, is_recipe=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(study))
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"another run of mergekit-fisher tune is at {study}; wait until it ends, or choose another OUT"
+            ) from error
+        except OSError as error:
+            raise RecipeError(f"cannot lock {study}: {error.strerror or error}") from error
         yield
 
 
