@@ -21,7 +21,8 @@ from torch.testing import assert_close
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.sidecar import read
 from tests import tiny
-from tests.fake_hub import Hub, serve
+from tests.fake_hub import serve
+from tests.hub_contents import Hub
 
 RECIPE = """\
 merge_method: fisher_mask
