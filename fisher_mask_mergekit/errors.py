@@ -40,6 +40,10 @@ class SidecarNotFoundError(SidecarError):
     """There is no sidecar for a checkpoint."""
 
 
+class HubError(SidecarError):
+    """A sidecar cannot be had from the hub, or not be put there."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error that says something, else the error's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -125,11 +125,7 @@ def find_sidecar(
     Raises:
         SidecarError: If there is none, or it cannot be used.
     """
-    checkpoint = _checkpoint(model)
-    if given:
-        path: Path | None = Path(given).expanduser()
-    else:
-        path = store.find(checkpoint, kind) if checkpoint else None
+    path = store.sidecar_of(given, _checkpoint(model), kind)
     if path is None:
         if missing == "average":
             _say_averaged(str(model))

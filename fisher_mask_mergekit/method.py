@@ -38,7 +38,8 @@ class FisherMaskMerge(GroupMergeMethod):
 
     - ``weight``: lambda of eq. 5, default 1. The ``base_model`` counts only where it is given one; else it
       supplies configuration and tokenizer, and the tensors that no other model has.
-    - ``sidecar``: path of the model's sidecar, if it is neither beside the checkpoint nor in the cache.
+    - ``sidecar``: path of the model's sidecar, or ``hub:org/repo/path.safetensors@revision``, if it is neither beside
+      the checkpoint nor in the cache.
 
     Parameters for the merge:
 

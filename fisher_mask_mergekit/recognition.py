@@ -19,9 +19,13 @@ def probe(tensor: Tensor) -> Tensor:
 
     Value k is at ``(k * 2654435761) mod numel`` in row-major order.
     """
-    count = tensor.numel()
-    positions = torch.arange(min(VALUES_PER_TENSOR, count), device=tensor.device) * _STRIDE % count
+    positions = torch.tensor(probed_positions(tensor.numel()), device=tensor.device, dtype=torch.long)
     return tensor.detach().reshape(-1)[positions].cpu()
+
+
+def probed_positions(count: int) -> list[int]:
+    """Where in row-major order :func:`probe` takes its values of a tensor of ``count`` elements."""
+    return [value * _STRIDE % count for value in range(min(VALUES_PER_TENSOR, count))]
 
 
 class Recognition:

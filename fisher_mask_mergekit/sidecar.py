@@ -25,12 +25,16 @@ from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site
 from fisher_mask_mergekit.store import write_whole
-from fisher_mask_mergekit.untrusted import LONGEST_STRING, read_header, read_json, read_regular
+from fisher_mask_mergekit.untrusted import (
+    LONGEST_STRING,
+    MOST_SIDECAR_BYTES,
+    read_header,
+    read_json,
+    read_regular,
+)
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
-
-_MOST_BYTES = 1 << 30
 
 
 class Record(BaseModel):
@@ -231,7 +235,7 @@ def read(path: Path) -> Sidecar:
     Raises:
         SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
     """
-    content = read_regular(path, _MOST_BYTES, "sidecar", SidecarError)
+    content = read_regular(path, MOST_SIDECAR_BYTES, "sidecar", SidecarError)
     text = _metadata_text(read_header(BytesIO(content), path), path)
     try:
         tensors = load(content)

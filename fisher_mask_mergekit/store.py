@@ -13,8 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fisher_mask_mergekit import hub
 from fisher_mask_mergekit.checkpoint import Checkpoint
-from fisher_mask_mergekit.errors import RecipeError
+from fisher_mask_mergekit.errors import HubError, RecipeError
 from fisher_mask_mergekit.settings import Kind
 
 # A subfolder, because some inference servers load every .safetensors file at the top level.
@@ -81,9 +82,27 @@ def find(checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
     return next(find_all(checkpoint, kind), None)
 
 
-def sidecar_of(given: str | None, checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
-    """The sidecar that a merge uses: the one that the recipe names, if it does."""
-    return Path(given).expanduser() if given else find(checkpoint, kind)
+def sidecar_of(given: str | None, checkpoint: Checkpoint | None, kind: Kind = "mask") -> Path | None:
+    """The sidecar that a merge uses: the one that the recipe names, if it does; downloaded, if that is on the hub.
+
+    Args:
+        given: The recipe's ``sidecar``, if any.
+        checkpoint: Whose it is; None for inputs that are in no files, which have only what is given.
+        kind: What it must be.
+
+    Raises:
+        HubError: If it is on the hub and cannot be had from there.
+    """
+    if given and given.startswith(hub.PREFIX):
+        if kind == "diagonal":
+            raise HubError(
+                f"{given}: a full-size sidecar is a folder, not one file\n  download it and name the folder:  "
+                "hf download ORG/NAME --include 'fisher/diagonal/*' --local-dir FOLDER"
+            )
+        return hub.fetch(hub.parse(given)).path
+    if given:
+        return Path(given).expanduser()
+    return find(checkpoint, kind) if checkpoint else None
 
 
 def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:

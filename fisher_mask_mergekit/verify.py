@@ -13,6 +13,7 @@ from torch import Tensor
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_tensors, tensor_shapes
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
+from fisher_mask_mergekit.hub import PREFIX
 from fisher_mask_mergekit.job import AnySidecar
 from fisher_mask_mergekit.preview.inspection import open_sidecar
 from fisher_mask_mergekit.provenance import checkpoint_of
@@ -41,21 +42,24 @@ class Check:
     detail: str
 
 
-def find(target: Path) -> tuple[AnySidecar, str | None]:
+def find(target: str) -> tuple[AnySidecar, str | None]:
     """A sidecar of either kind, and the checkpoint's folder that it was asked for by or lies in, if there is one.
 
     Args:
-        target: The sidecar, or the folder of the checkpoint that it belongs to.
+        target: The sidecar, on the hub (``hub:``) or here, or the folder of the checkpoint that it belongs to.
 
     Raises:
         SidecarError: If there is none, or it is not whole.
     """
-    is_diagonal = (target / INDEX).is_file()
-    if target.is_dir() and not is_diagonal:
-        return open_sidecar(target), str(target)
-    sidecar = read_diagonal(target) if is_diagonal else read(target)
+    if target.startswith(PREFIX):
+        return open_sidecar(target), None
+    place = Path(target)
+    is_diagonal = (place / INDEX).is_file()
+    if place.is_dir() and not is_diagonal:
+        return open_sidecar(target), target
+    sidecar = read_diagonal(place) if is_diagonal else read(place)
     beside = store.DIAGONAL_BESIDE if is_diagonal else store.BESIDE
-    path = target.absolute()
+    path = place.absolute()
     lies_in_one = path.parts[-2:] == beside.parts and (path.parents[1] / "config.json").is_file()
     return sidecar, str(path.parents[1]) if lies_in_one else None
 

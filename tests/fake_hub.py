@@ -1,91 +1,42 @@
-"""A hub of models and data sets on this machine: as much of the HTTP interface as a download needs.
+"""A hub of models and data sets on this machine: as much of the HTTP interface as downloads and uploads need.
 
 Commands meet it as they meet the real one, in processes of their own with ``HF_ENDPOINT`` set.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Files = Mapping[str, bytes]
-"""Path in the repository to content."""
-
-
-class HubError(Exception):
-    """What the hub answers with status 404; clients tell the cases apart by the code."""
-
-    def __init__(self, code: str, message: str, commit: str | None = None) -> None:
-        super().__init__(message)
-        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
-        if commit is not None:  # Clients then remember that this commit has no such file.
-            self.headers["X-Repo-Commit"] = commit
-
-
-@dataclass
-class Repository:
-    """Commits by sha, each with all its files, and the branches that point at them."""
-
-    name: str
-    commits: dict[str, Files] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: Files, branch: str = "main") -> str:
-        # The sha follows from the files alone, so that two hubs with the same files agree about it.
-        sha = hashlib.sha1("".join(f"{path} {_oid(files[path])}\n" for path in sorted(files)).encode())
-        self.commits[sha.hexdigest()] = files
-        self.branches[branch] = sha.hexdigest()
-        return sha.hexdigest()
-
-    def at(self, revision: str) -> tuple[str, Files]:
-        """The commit that a branch or sha stands for, and its files."""
-        sha = self.branches.get(revision, revision)
-        if sha not in self.commits:
-            raise HubError("RevisionNotFound", f"Invalid rev id: {revision}")
-        return sha, self.commits[sha]
-
-
-class Hub:
-    """The repositories, by ``models/org/name`` or ``datasets/org/name``, and what was asked for.
-
-    Attributes:
-        requests: Method and path of every request so far.
-    """
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
-        self.requests: list[str] = []
-
-    def push(self, key: str, folder: Path) -> str:
-        """Make a folder's files the next commit of a repository's main branch; returns its sha."""
-        files = {
-            file.relative_to(folder).as_posix(): file.read_bytes()
-            for file in folder.rglob("*")
-            if file.is_file()
-        }
-        name = key.partition("/")[2]
-        return self.repositories.setdefault(key, Repository(name)).commit(files)
+from tests import hub_uploads as uploads
+from tests.hub_contents import Answer, Fault, Files, Hub, HubError, Repository, as_json, etag, git_oid
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Body, headers and status of a response."""
+class Request:
+    """What is asked for, and where the hub is."""
 
-    content: bytes
-    headers: Mapping[str, str]
-    status: HTTPStatus = HTTPStatus.OK
+    method: str
+    url: str
+    body: bytes
+    byte_range: str | None
+    token: str | None
+    endpoint: str
 
 
-def answer(hub: Hub, method: str, url: str, body: bytes, byte_range: str | None) -> Answer:
+def answer(hub: Hub, request: Request) -> Answer:
     """Find out what is asked for, and give it."""
+    method, url, body = request.method, request.url, request.body
     query = parse_qs(urlsplit(url).query)
+    is_author = request.token == f"Bearer {hub.token}"
+    if method in ("POST", "PUT") and "paths-info" not in url and not (is_author or url.startswith("/lfs/")):
+        raise HubError("", "Invalid username or password.", status=HTTPStatus.UNAUTHORIZED)
     match [unquote(part) for part in urlsplit(url).path.strip("/").split("/")]:
         case ["api", ("models" | "datasets") as kind, owner, name, *rest]:
             key = f"{kind}/{owner}/{name}"
@@ -93,9 +44,17 @@ def answer(hub: Hub, method: str, url: str, body: bytes, byte_range: str | None)
             key, rest = f"datasets/{owner}/{name}", ["resolve", *path]
         case [owner, name, "resolve", *path]:
             key, rest = f"models/{owner}/{name}", ["resolve", *path]
+        case ["api", "validate-yaml"]:
+            return as_json({})
+        case ["api", "repos", "create"]:
+            return uploads.create(hub, request.endpoint, json.loads(body))
+        case [_, _, "info", "lfs", "objects", "batch"]:
+            return uploads.batch(hub, request.endpoint, json.loads(body))
+        case ["lfs", oid]:
+            return uploads.store(hub, oid, body)
         case _:
             raise HubError("NotFound", f"this hub does not know {method} {url}")
-    if key not in hub.repositories:
+    if key not in hub.repositories or (key in hub.private and not is_author):
         raise HubError("RepoNotFound", "Repository not found")
     repository = hub.repositories[key]
     match (method, *rest):
@@ -108,15 +67,22 @@ def answer(hub: Hub, method: str, url: str, body: bytes, byte_range: str | None)
             return _tree(repository, revision, "/".join(path), recursive)
         case ("POST", "paths-info", revision):
             entries = _entries(repository.at(revision)[1])
-            return _json([entries[path] for path in parse_qs(body.decode())["paths"] if path in entries])
+            return as_json([entries[path] for path in parse_qs(body.decode())["paths"] if path in entries])
         case ("GET" | "HEAD", "resolve", revision, *path):
-            return _file(repository, revision, "/".join(path), byte_range)
+            return _file(repository, revision, "/".join(path), request.byte_range)
+        case ("POST", "preupload", revision):
+            return uploads.preupload(repository, revision, json.loads(body))
+        case ("POST", "commit", revision):
+            is_pr = "create_pr" in query
+            return uploads.commit(
+                hub, repository, revision, body, is_pr, f"{request.endpoint}/{repository.name}"
+            )
     raise HubError("NotFound", f"this hub does not know {method} {url}")
 
 
 def _info(repository: Repository, revision: str) -> Answer:
     sha, files = repository.at(revision)
-    return _json({"id": repository.name, "sha": sha, "siblings": [{"rfilename": path} for path in files]})
+    return as_json({"id": repository.name, "sha": sha, "siblings": [{"rfilename": path} for path in files]})
 
 
 def _tree(repository: Repository, revision: str, top: str, recursive: bool) -> Answer:
@@ -128,7 +94,7 @@ def _tree(repository: Repository, revision: str, top: str, recursive: bool) -> A
             found.append(entry)
     if top and not found:
         raise HubError("EntryNotFound", f"{top} does not exist on {revision}", sha)
-    return _json(found)
+    return as_json(found)
 
 
 def _file(repository: Repository, revision: str, path: str, byte_range: str | None) -> Answer:
@@ -136,7 +102,7 @@ def _file(repository: Repository, revision: str, path: str, byte_range: str | No
     if path not in files:
         raise HubError("EntryNotFound", f"{path} does not exist on {revision}", sha)
     content = files[path]
-    headers = {"X-Repo-Commit": sha, "ETag": f'"{_oid(content)}"', "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": sha, "ETag": f'"{etag(path, content)}"', "Accept-Ranges": "bytes"}
     if byte_range is None:
         return Answer(content, headers)
     # Clients resume with 'bytes=first-' and read a block with 'bytes=first-last'.
@@ -151,18 +117,14 @@ def _entries(files: Files) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for path, content in files.items():
         for folder in map(str, PurePosixPath(path).parents[:-1]):
-            entries[folder] = {"type": "directory", "path": folder, "oid": _oid(folder.encode()), "size": 0}
-        entries[path] = {"type": "file", "path": path, "oid": _oid(content), "size": len(content)}
+            entries[folder] = {
+                "type": "directory",
+                "path": folder,
+                "oid": git_oid(folder.encode()),
+                "size": 0,
+            }
+        entries[path] = {"type": "file", "path": path, "oid": git_oid(content), "size": len(content)}
     return entries
-
-
-def _oid(content: bytes) -> str:
-    """Git's name of a file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _json(value: Any) -> Answer:
-    return Answer(json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -171,19 +133,38 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.hub.requests.append(f"{self.command} {self.path}")
-        try:
-            reply = answer(self.hub, self.command, self.path, body, self.headers.get("Range"))
-        except HubError as error:
-            reply = Answer(json.dumps({"error": str(error)}).encode(), error.headers, HTTPStatus.NOT_FOUND)
+        request = f"{self.command} {self.path}"
+        self.hub.requests.append(request)
+        fault = self.hub.fault(request) or Fault(request)
+        reply = self._reply(fault, body)
+        content = reply.content
+        if fault.flip:
+            content = bytes([content[0] ^ 1]) + content[1:]
         self.send_response(reply.status)
-        for name, value in {**reply.headers, "Content-Length": str(len(reply.content))}.items():
+        for name, value in {**reply.headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(reply.content)
+            self.wfile.write(content[: len(content) // 2] if fault.cut else content)
+        self.close_connection = self.close_connection or fault.cut
 
-    do_GET = do_HEAD = do_POST = _serve  # noqa: N815 - the names that http.server looks for.
+    def _reply(self, fault: Fault, body: bytes) -> Answer:
+        if fault.status is not None:
+            return Answer(b"{}", fault.headers, fault.status)
+        request = Request(
+            self.command,
+            self.path,
+            body,
+            self.headers.get("Range"),
+            self.headers.get("Authorization"),
+            f"http://{self.headers['Host']}",
+        )
+        try:
+            return answer(self.hub, request)
+        except HubError as error:
+            return Answer(json.dumps({"error": str(error)}).encode(), error.headers, error.status)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815 - the names that http.server looks for.
 
     def log_message(self, format: str, *values: Any) -> None:
         """Not to standard error: the hub's ``requests`` has them."""

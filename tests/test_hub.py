@@ -21,7 +21,8 @@ from torch.testing import assert_close
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.sidecar import read
 from tests import tiny
-from tests.fake_hub import Hub, serve
+from tests.fake_hub import serve
+from tests.hub_contents import Hub, Repository
 
 RECIPE = """\
 merge_method: fisher_mask
@@ -323,6 +324,32 @@ def publish(user: User, measured: Path) -> None:
         repository = user.hub.repositories[f"models/{name}"]
         sidecar = measured / user.sidecar(name).relative_to(user.home)
         repository.commit({**repository.at("main")[1], store.BESIDE.as_posix(): sidecar.read_bytes()})
+
+
+def test_what_one_pushes_another_merges_with(newcomer: User, measured: Path, folders: Path) -> None:
+    """By the installed commands: a recipe that names sidecars in a repository of their own, pinned."""
+    newcomer.hub.repositories["models/org/sidecars"] = Repository("org/sidecars")
+    newcomer.hub.repositories["models/org/sidecars"].commit({})
+    recipe = RECIPE
+    for name in ("org/bert-a", "org/bert-b"):
+        done = newcomer.run(
+            "mergekit-fisher",
+            *(
+                "push",
+                str(measured / newcomer.sidecar(name).relative_to(newcomer.home)),
+                "--repo",
+                "org/sidecars",
+            ),
+            HF_TOKEN=newcomer.hub.token,
+        )
+        url, reference = done.stdout.splitlines()
+        assert url.startswith(f"{newcomer.endpoint}/org/sidecars/commit/")
+        recipe = re.sub(rf"model: {name}.*", rf"\g<0>\n    parameters: {{sidecar: '{reference}'}}", recipe)
+    (newcomer.home / "recipe.yml").write_text(recipe)
+    newcomer.run("mergekit-yaml", "recipe.yml", "out")
+    assert sum(store.BESIDE.name in request for request in newcomer.downloads()) == 2
+    shutil.copytree(measured / "cache", newcomer.home / "cache")
+    assert_merged(newcomer, "out", folders)
 
 
 def test_check_inspect_and_sites_download_no_weights(newcomer: User, measured: Path) -> None:

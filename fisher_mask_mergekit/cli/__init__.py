@@ -9,6 +9,7 @@ from fisher_mask_mergekit.cli.after import demo, heads
 from fisher_mask_mergekit.cli.before import check, init, inspect, sites
 from fisher_mask_mergekit.cli.compute import compute
 from fisher_mask_mergekit.cli.evaluate import evaluate
+from fisher_mask_mergekit.cli.hub import pull, push
 from fisher_mask_mergekit.cli.tune import tune
 from fisher_mask_mergekit.cli.verify import verify
 
@@ -36,7 +37,7 @@ def _options(
     pass
 
 
-for command in (compute, init, sites, inspect, verify, check, heads, evaluate, tune, demo):
+for command in (compute, init, sites, inspect, verify, check, heads, evaluate, tune, push, pull, demo):
     app.command()(command)
 
 

@@ -57,7 +57,8 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="SIDECAR...|RECIPE",
-            help="Sidecars, or folders of checkpoints that have one; or a recipe (.yml).",
+            help="Sidecars (files, or hub:ORG/NAME/PATH[@revision]), or folders of checkpoints that have one; or a "
+            "recipe (.yml).",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
@@ -87,7 +88,7 @@ def inspect(
             models = [name for name in found if any(name in one.shares for one in shares)]
             sidecars = [sidecar for sidecar in found.values() if sidecar is not None]
         else:
-            sidecars = [inspection.open_sidecar(Path(target)) for target in targets]
+            sidecars = [inspection.open_sidecar(target) for target in targets]
         if html_file is not None:
             from fisher_mask_mergekit.pages.inspect_page import recipe_page, sidecars_page
 

@@ -160,6 +160,7 @@ def _requests(
     """What to measure: model, settings, and where to write if not to the usual place."""
     from pydantic import ValidationError
 
+    from fisher_mask_mergekit import hub
     from fisher_mask_mergekit.recipe import KIND_OF_METHOD, describe, read_recipe
     from fisher_mask_mergekit.settings import FisherSettings
 
@@ -176,18 +177,19 @@ def _requests(
     recipe = read_recipe(Path(target), overrides)
     if recipe.method not in KIND_OF_METHOD:
         say(f"{target}: merge_method is {recipe.method}, which uses no sidecars; measuring all the same")
-    measurable = [model for model in recipe.models if model.settings is not None]
-    for model in recipe.models:
-        if model.settings is None and not (model.is_base and model.weight is None):
-            _check_has_sidecar(model, target)
-    if out is not None and len(measurable) > 1:
-        raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
     # What a recipe's sidecar names is of the kind that its method reads.
     paths = {
         m.name: m.sidecar
-        for m in measurable
-        if m.sidecar and m.kind == KIND_OF_METHOD.get(recipe.method, m.kind)
+        for m in recipe.models
+        if m.settings is not None and m.sidecar and m.kind == KIND_OF_METHOD.get(recipe.method, m.kind)
     }
+    published = {name for name, path in paths.items() if path.startswith(hub.PREFIX)}
+    measurable = [m for m in recipe.models if m.settings is not None and m.name not in published]
+    for model in recipe.models:
+        if model not in measurable and not (model.is_base and model.weight is None):
+            _check_has_sidecar(model, target)
+    if out is not None and len(measurable) > 1:
+        raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
     if len(set(paths.values())) < len(paths):
         double = max(paths.values(), key=list(paths.values()).count)
         raise RecipeError(f"{target}: two models have the same sidecar: {double}")
@@ -198,17 +200,18 @@ def _requests(
 
 
 def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
-    """A model without data must have been measured by somebody else."""
+    """A model without data, or with a sidecar on the hub, must have been measured by somebody else."""
     from fisher_mask_mergekit import store
     from fisher_mask_mergekit.checkpoint import locate
 
-    found = model.sidecar or store.find(locate(model.name), model.kind)
+    found = store.sidecar_of(model.sidecar, None if model.sidecar else locate(model.name), model.kind)
     if found is None:
         raise RecipeError(
             f"{recipe}: {model.name} has no sidecar and no data to measure it on; "
             "add  fisher: {data: DATASET}  beside it"
         )
-    say(f"{model.name}: no data in the recipe; its sidecar is {found}")
+    why = "no data in the recipe" if model.settings is None else f"the recipe names {model.sidecar}"
+    say(f"{model.name}: {why}; its sidecar is {found}")
 
 
 def _parse_text(text: str) -> Any:

@@ -1,7 +1,6 @@
 """``mergekit-fisher verify``."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,9 +15,11 @@ if TYPE_CHECKING:
 
 def verify(
     target: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="SIDECAR", help="A sidecar, of either kind, or the folder of a checkpoint that has one."
+            metavar="SIDECAR",
+            help="A sidecar, of either kind, here or on the hub (hub:org/repo/path@revision), or the folder of a "
+            "checkpoint that has one.",
         ),
     ],
     model: Annotated[
@@ -59,13 +60,13 @@ def verify(
                 print_lines([f"{check.verdict}: {check.what}: {check.detail}"])
         passed = all(check.verdict != "failed" for check in checks)
         if as_json:
-            print_json({"sidecar": str(target), "ok": passed, "checks": [asdict(check) for check in checks]})
+            print_json({"sidecar": target, "ok": passed, "checks": [asdict(check) for check in checks]})
         if not passed:
             raise typer.Exit(1)
 
 
 def _checks(
-    target: Path,
+    target: str,
     model: str | None,
     count: int | None,
     data: str | None,

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fisher_mask_mergekit import store
+from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import modern, read_tensors
 from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
@@ -75,15 +75,15 @@ def _diagonal(
     measured: dict[str, Measurement] = {}
     for model in needed:
         peeked = models[model.name]
-        path = store.sidecar_of(model.sidecar, peeked.checkpoint, "diagonal")
-        if path is None:
-            if peeked.checkpoint.revision is None:
-                yield _absent(recipe, model, outputs)
-            continue
         try:
-            sidecar = read_diagonal(path)
+            path = store.sidecar_of(model.sidecar, peeked.checkpoint, "diagonal")
+            sidecar = None if path is None else read_diagonal(path)
         except SidecarError as error:
             yield Finding("error", "sidecar", str(error), _compute(recipe, model))
+            continue
+        if sidecar is None:
+            if peeked.checkpoint.revision is None:
+                yield _absent(recipe, model, outputs)
             continue
         measured[model.name] = sidecar.metadata
         if peeked.readable:
@@ -107,6 +107,8 @@ def _needed(recipe: Recipe, outputs: Sequence[Output]) -> set[str]:
 
 
 def _compute(recipe: Recipe, model: RecipeModel) -> str:
+    if model.sidecar and model.sidecar.startswith(hub.PREFIX):
+        return f"name another sidecar for {model.name}, or none and measure it here:  mergekit-fisher compute"
     if model.settings is not None:
         return f"mergekit-fisher compute {shlex.quote(str(recipe.path))}"
     out = f" --out {shlex.quote(model.sidecar)}" if model.sidecar else ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit import store
+from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarNotFoundError
 from fisher_mask_mergekit.preview.forecast import Forecast, forecast
@@ -91,12 +91,15 @@ def _statistics(output: str, nodes: str, fisher: Tensor, experts: int = 0) -> No
     )
 
 
-def open_sidecar(path: Path) -> Sidecar:
-    """A sidecar by its file, or by the folder of the checkpoint that it belongs to.
+def open_sidecar(target: str) -> Sidecar:
+    """A sidecar by its file, by the folder of the checkpoint that it belongs to, or by where on the hub it is.
 
     Raises:
         SidecarError: If there is none, or it cannot be used.
     """
+    path = Path(target)
+    if target.startswith(hub.PREFIX):
+        return read(hub.fetch(hub.parse(target)).path)
     if not path.is_dir():
         return read(path)
     found = store.find(Checkpoint(str(path), path, None))

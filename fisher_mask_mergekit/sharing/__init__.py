@@ -1,0 +1,1 @@
+"""Sidecars to the hub and from it: `mergekit-fisher push` and `pull`."""

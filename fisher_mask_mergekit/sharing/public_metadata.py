@@ -1,0 +1,44 @@
+"""What is published of a sidecar: nothing that says how folders on this machine are called."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from fisher_mask_mergekit.sidecar import Sidecar
+
+_HUB_ID = re.compile(r"(?![.~])[\w.-]+/[\w.-]+(:[^/\\]*)*(@[^/\\]+)?")
+_LOCAL_FILE = re.compile(r"\.(jsonl?|csv|parquet)$")
+
+
+def public(sidecar: Sidecar, repo: str, revision: str | None) -> tuple[Sidecar, tuple[str, ...]]:
+    """A sidecar without the paths of local folders and files in its metadata.
+
+    Args:
+        sidecar: The sidecar.
+        repo: Where it is published.
+        revision: The commit there whose weights it was compared with, which a local checkpoint is called by then;
+            None if it was not, then a local checkpoint keeps the last part of its name.
+
+    Returns:
+        The same measurement, and what was renamed.
+    """
+    metadata = sidecar.metadata
+    data = metadata.settings.data
+    known = {}
+    if metadata.revision is None:
+        public_name = "+".join(_shortened(part) for part in metadata.checkpoint.split("+"))
+        known = {"checkpoint": repo if revision else public_name, "revision": revision}
+    settings = metadata.settings
+    if data is not None and metadata.data.revision is None:
+        settings = settings.model_copy(update={"data": _shortened(data)})
+    changed = metadata.model_copy(update={**known, "settings": settings})
+    pairs = ((metadata.checkpoint, changed.checkpoint), (data, settings.data))
+    notes = tuple(f"'{was}' is called '{now}' in what is published" for was, now in pairs if was != now)
+    return replace(sidecar, metadata=changed), notes
+
+
+def _shortened(name: str) -> str:
+    """A hub id as it is, of a path the last part."""
+    if _HUB_ID.fullmatch(name) and not _LOCAL_FILE.search(name) and not Path(name).exists():
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
