@@ -352,6 +352,30 @@ def test_what_one_pushes_another_merges_with(newcomer: User, measured: Path, fol
     assert_merged(newcomer, "out", folders)
 
 
+def test_a_walk_without_the_data(newcomer: User, measured: Path, folders: Path) -> None:
+    """push -> pull -> verify -> mergekit-yaml, where the data that was measured on is nowhere to be had."""
+    names = ("org/bert-a", "org/bert-b")
+    for name in names:
+        sidecar = measured / newcomer.sidecar(name).relative_to(newcomer.home)
+        newcomer.run("mergekit-fisher", "push", str(sidecar), "--repo", name, HF_TOKEN=newcomer.hub.token)
+    del newcomer.hub.repositories["datasets/org/words"]
+    for name in names:
+        newcomer.run("mergekit-fisher", "pull", name, "--out", "pulled.safetensors")
+        done = newcomer.run("mergekit-fisher", "verify", "pulled.safetensors", "--model", name)
+        verdicts = dict(reversed(line.split(": ")[:2]) for line in done.stdout.splitlines())
+        assert verdicts["file"] == verdicts["values"] == verdicts["weights"] == "ok"
+    again = ("verify", "pulled.safetensors", "--model", names[1], "--recompute", "4")
+    assert "org/words" in newcomer.run("mergekit-fisher", *again, code=1).stderr
+    wrong = newcomer.run("mergekit-fisher", "verify", "pulled.safetensors", "--model", names[0], code=1)
+    assert "failed: values" in wrong.stdout
+    models = "".join(f"  - model: {name}\n" for name in names)
+    recipe = f"merge_method: fisher_mask\nmodels:\n{models}dtype: float32\n"
+    (newcomer.home / "recipe.yml").write_text(recipe)
+    newcomer.run("mergekit-yaml", "recipe.yml", "out")
+    shutil.copytree(measured / "cache", newcomer.home / "cache")
+    assert_merged(newcomer, "out", folders)
+
+
 def test_check_inspect_and_sites_download_no_weights(newcomer: User, measured: Path) -> None:
     """The measured sidecars are published, so a newcomer needs configuration, sidecar and headers only."""
     publish(newcomer, measured)
