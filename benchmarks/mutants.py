@@ -213,7 +213,7 @@ def sealed_folder_of(draw: Draw, files: Files) -> Files:
         made[shard] = save(tensors)
         for record in index["tensors"]:
             if record["names"][0] in tensors:
-                record["sha256"] = digest(tensors[record["names"][0]])
+                record["sha256"] = digest([tensors[record["names"][0]]])
     else:
         index = draw(tree_of(index))
     made[INDEX] = seal(json.dumps(index), {}).encode("utf-8", "replace")

@@ -281,6 +281,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.data and not options.checkpoint:
         parser.error("--data needs a --checkpoint whose labels it has")
+    if options.merge_models < 2:
+        parser.error("--merge-models must be at least 2")
     return options
 
 

@@ -11,8 +11,11 @@ Index = tuple[slice, ...]
 Add = Callable[[Index, Sequence[Tensor], Tensor], None]
 """Given where a block is, each input's and zeros in the dtype computed in, add what the result is there."""
 
-# Small enough for a core's cache; on other devices large enough to be worth starting a kernel for.
-_CPU_BYTES, _DEVICE_BYTES = 2 << 20, 64 << 20
+CPU_BYTES = 2 << 20
+"""Of a block on a CPU, in the dtype computed in: small enough for a core's cache."""
+
+DEVICE_BYTES = 64 << 20
+"""On other devices: large enough to be worth starting a kernel for."""
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -29,7 +32,7 @@ def in_blocks(tensors: Sequence[Tensor], add: Add) -> Tensor:
     """
     first, wide = tensors[0], wide_dtype(tensors[0])
     result = torch.empty_like(first)
-    size = _CPU_BYTES if first.device.type == "cpu" else _DEVICE_BYTES
+    size = CPU_BYTES if first.device.type == "cpu" else DEVICE_BYTES
     for index in blocks(first.shape, size // wide.itemsize):
         block = result[index]
         total = block.zero_() if block.dtype == wide else torch.zeros_like(block, dtype=wide)

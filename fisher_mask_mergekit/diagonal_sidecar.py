@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fisher_mask_mergekit.blocks import Index
+from fisher_mask_mergekit.blocks import CPU_BYTES, Index, blocks
 from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError, first_line
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition
@@ -178,18 +178,17 @@ class DiagonalSidecar:
     def fisher(self, record: AnyRecord, index: Index = ()) -> Tensor:
         """A tensor's Fisher information, or a block of it, float32, on the CPU.
 
-        Of a shard no more is read than the block: its part of the file is mapped into memory for as long as the result lives.
+        No more of a shard than the block is in memory, and that for as long as the result lives: the file is mapped.
 
         Raises:
             SidecarError: If it cannot be read, is damaged, is negative, or is not finite.
         """
         whole = record if isinstance(record, TensorRecord) else self.records[record.source]
         assert isinstance(whole, TensorRecord)
-        fisher = self._mapped(whole)
         if whole.names[0] not in self._checked:  # A merge asks for many blocks and views.
-            _check_values(fisher, whole, self.folder / whole.shard)
+            self._check(whole)
             self._checked.add(whole.names[0])
-            fisher = self._mapped(whole)  # What the check read is let go.
+        fisher = self._mapped(whole)
         if isinstance(record, ViewRecord):
             fisher = fisher.as_strided(record.shape, record.strides, record.offset)
         return fisher[index]
@@ -199,15 +198,19 @@ class DiagonalSidecar:
         with _readable(self, record.shard) as path:
             return torch.from_numpy(numpy.memmap(path, "<f4", "c", self._starts[name], record.shape))
 
+    def _blocks(self, record: TensorRecord) -> Iterator[Tensor]:
+        """All of a parameter's, in order, each let go before the one after the next is read."""
+        return (self._mapped(record)[index] for index in blocks(record.shape, CPU_BYTES // 4))
 
-def _check_values(fisher: Tensor, record: TensorRecord, path: Path) -> None:
-    name = f"{path}: {record.names[0]}"
-    if digest(fisher) != record.sha256:
-        raise damaged(name)
-    if fisher.numel():
-        low, high = torch.aminmax(fisher)  # No mask of the tensor's size.
-        if not (float(low) >= 0 and float(high) < float("inf")):
-            raise SidecarError(f"{name} has values that are negative or not finite")
+    def _check(self, record: TensorRecord) -> None:
+        name = f"{self.folder / record.shard}: {record.names[0]}"
+        if digest(self._blocks(record)) != record.sha256:
+            raise damaged(name)
+        for block in self._blocks(record):
+            if block.numel():
+                low, high = torch.aminmax(block)
+                if not (float(low) >= 0 and float(high) < float("inf")):
+                    raise SidecarError(f"{name} has values that are negative or not finite")
 
 
 def plan_shards(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -251,7 +254,7 @@ def write_diagonal(
         digests: dict[str, str] = {}
         for shard, names in shards.items():
             tensors = {name: fisher(name).to("cpu", torch.float32).contiguous() for name in names}
-            digests |= {name: digest(tensor) for name, tensor in tensors.items()}
+            digests |= {name: digest([tensor]) for name, tensor in tensors.items()}
             save_file(tensors, temporary / shard)
         records = (
             record.model_copy(update={"sha256": digests[record.names[0]]}) for record in metadata.tensors
@@ -343,8 +346,11 @@ def _check_shard(sidecar: DiagonalSidecar, shard: str, records: Mapping[str, Ten
 @contextmanager
 def _shard(sidecar: DiagonalSidecar, shard: str) -> Iterator[Any]:
     """A shard, mapped into memory only as long as it is looked at."""
-    with _readable(sidecar, shard) as path, safe_open(path, framework="pt") as tensors:
-        yield tensors
+    with _readable(sidecar, shard) as path:
+        with path.open("rb") as file:
+            read_header(file, path)
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
 
 
 @contextmanager
@@ -360,8 +366,6 @@ def _readable(sidecar: DiagonalSidecar, shard: str) -> Iterator[Path]:
             f"measure again:  mergekit-fisher compute {checkpoint} --kind diagonal --data DATASET"
         )
     try:
-        with path.open("rb") as file:
-            read_header(file, path)
         yield path
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise SidecarError(f"{path} is not a whole safetensors file: {first_line(error)}") from error

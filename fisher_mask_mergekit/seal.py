@@ -4,7 +4,7 @@ It proves that a file is whole, not who wrote it.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,9 +15,12 @@ from fisher_mask_mergekit.errors import SidecarError
 _FIELD = ',"checksum":"'
 
 
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's values as a safetensors file has them."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+def digest(blocks: Iterable[Tensor]) -> str:
+    """SHA-256 of a tensor's values as a safetensors file has them, given its blocks in row-major order."""
+    whole = hashlib.sha256()
+    for block in blocks:
+        whole.update(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def seal(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -55,7 +58,7 @@ def damaged(what: object) -> SidecarError:
 
 def _ending(body: str, tensors: Mapping[str, Tensor]) -> str:
     lines = (
-        f"\n{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest(tensor)}"
+        f"\n{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest([tensor])}"
         for name, tensor in sorted(tensors.items())
     )
     # Broken JSON can hold halves of a surrogate pair.

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import tiny
 
 SPEED = Path(__file__).parent.parent / "benchmarks" / "speed.py"
@@ -38,7 +40,7 @@ def test_the_benchmark_measures_every_row_and_both_ways_agree(tmp_path: Path) ->
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, str(SPEED), "--checkpoint", str(checkpoint), "--data", str(data),
-         "--samples", "6", "--repeats", "1", "--device", "cpu", "--json", str(out)],
+         "--samples", "6", "--repeats", "1", "--device", "cpu", "--merge-models", "3", "--json", str(out)],
         # At this size, threads only wait for each other.
         env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -54,17 +56,22 @@ def test_the_benchmark_measures_every_row_and_both_ways_agree(tmp_path: Path) ->
         line = next(line for line in done.stdout.splitlines() if line.startswith(row["title"]))
         assert ("<=" in line) == (row["target"] is not None)
     assert rows["disagreement_with_explicit_masks"]["value"] < 1e-4
+    assert "; 3 inputs of " in rows["merge_fisher_mask_peak_over_linear"]["detail"]
     assert report["conditions"]["samples"] == 6
     # The checkpoint itself is only read.
     assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 
-def test_data_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("options", "says"), [
+    (["--data", "data.jsonl"], "--data needs a --checkpoint"),
+    (["--merge-models", "1"], "--merge-models must be at least 2"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_refused(options: list[str], says: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(SPEED), "--data", str(tmp_path / "data.jsonl")],
+        [sys.executable, str(SPEED), *options],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert "--data needs a --checkpoint" in done.stderr
+    assert says in done.stderr

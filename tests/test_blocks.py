@@ -65,7 +65,7 @@ def test_blocks_change_no_bit(
         for fisher in fishers:
             fisher[..., :1] = 0  # Rows that matter to no model.
     at_once = merge(tensors, fishers)
-    monkeypatch.setattr(blocks, "_CPU_BYTES", 5 * 8)
+    monkeypatch.setattr(blocks, "CPU_BYTES", 5 * 8)
     assert_close(merge(tensors, fishers), at_once, rtol=0, atol=0)
     known = torch.stack(fishers).sum(0) != 0
     parts = [
@@ -93,7 +93,7 @@ def test_fused_grouped_transposed_and_expert_tensors(
     fishers = fisher_rows(both, found, len(shape), "none", "average")
     tensors = [drawn(shape, seed, torch.bfloat16) for seed in range(2)]
     at_once = merge_rows(tensors, WEIGHTS[:2], fishers)
-    monkeypatch.setattr(blocks, "_CPU_BYTES", 37 * 4)
+    monkeypatch.setattr(blocks, "CPU_BYTES", 37 * 4)
     assert_close(merge_rows(tensors, WEIGHTS[:2], fishers), at_once, rtol=0, atol=0)
 
 
@@ -109,7 +109,7 @@ def allocations(run: Callable[[], Tensor]) -> list[int]:
 def test_nothing_larger_than_a_block_is_made_but_the_result(
     dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "_CPU_BYTES", 4096)
+    monkeypatch.setattr(blocks, "CPU_BYTES", 4096)
     tensors = [drawn((300, 40), seed, dtype) for seed in range(count)]
     rows = [torch.rand(300, 1) for _ in tensors]
     fishers = [torch.rand(300, 40) for _ in tensors]

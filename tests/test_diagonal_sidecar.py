@@ -72,6 +72,7 @@ def write_for(model: Any, folder: Path, fisher: dict[str, Tensor], **changes: An
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(diagonal_sidecar, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(diagonal_sidecar, "CPU_BYTES", 1000)
     model = tiny.classifier("bert")
     write_for(model, tmp_path / "diagonal", made_up(model))
     return tmp_path / "diagonal"
@@ -244,7 +245,7 @@ def test_values_that_cannot_be_are_an_error_when_they_are_needed(folder: Path, b
     with_tensors(lambda tensors: tensors[WORDS][3].fill_(bad))(folder)
     (record,) = (one for one in read_diagonal(folder).metadata.tensors if one.names == (WORDS,))
     values = load_file(folder / record.shard)[WORDS]
-    edited(lambda index: index["tensors"][0].update(sha256=digest(values)))(folder)
+    edited(lambda index: index["tensors"][0].update(sha256=digest([values])))(folder)
     sidecar = read_diagonal(folder)
     with pytest.raises(SidecarError, match=f"{WORDS} has values that are negative or not finite"):
         sidecar.fisher(sidecar.records[WORDS])
@@ -271,11 +272,13 @@ def test_blocks_of_a_view_are_those_of_the_parameter(
 
 def test_a_shard_that_was_cut_short_since_is_an_error(folder: Path) -> None:
     sidecar = read_diagonal(folder)
-    shard = sidecar.folder / sidecar.metadata.tensors[0].shard
+    record = sidecar.metadata.tensors[0]
+    sidecar.fisher(record)
+    shard = folder / record.shard
     content = shard.read_bytes()
     shard.write_bytes(content[: 8 + int.from_bytes(content[:8], "little") + 4])
     with pytest.raises(SidecarError, match=f"{shard.name} is not a whole safetensors file: mmap length"):
-        sidecar.fisher(sidecar.metadata.tensors[0])
+        sidecar.fisher(record)
 
 
 def test_a_copy_elsewhere_works_and_so_do_links(folder: Path, tmp_path: Path) -> None:
