@@ -127,7 +127,7 @@ def find_sidecar(
     """
     checkpoint = _checkpoint(model)
     if given:
-        path: Path | None = Path(given).expanduser()
+        path: Path | None = store.expanded(given)
     else:
         path = store.find(checkpoint, kind) if checkpoint else None
     if path is None:

@@ -83,7 +83,19 @@ def find(checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
 
 def sidecar_of(given: str | None, checkpoint: Checkpoint, kind: Kind = "mask") -> Path | None:
     """The sidecar that a merge uses: the one that the recipe names, if it does."""
-    return Path(given).expanduser() if given else find(checkpoint, kind)
+    return expanded(given) if given else find(checkpoint, kind)
+
+
+def expanded(given: str) -> Path:
+    """A path as a recipe's author gave it, with ``~`` written out.
+
+    Raises:
+        RecipeError: If it begins with the home folder of nobody.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"sidecar '{given}': {error}") from error
 
 
 def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:

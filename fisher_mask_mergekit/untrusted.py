@@ -29,6 +29,21 @@ LONGEST_STRING = 8192
 """Of a field; names of sites and tensors are shorter still."""
 
 MOST_AXES = 8
+_LONGEST_NAME = 255
+"""In bytes, of a file; and so of what stands between two slashes of a path or a hub id."""
+
+
+def checked_name(name: str) -> str:
+    """A path or a hub id, unless no file can have such a name.
+
+    Raises:
+        ValueError: If none can.
+    """
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in name.split("/")):
+        raise ValueError(
+            f"expected a path or hub id with no more than {_LONGEST_NAME} bytes between its slashes"
+        )
+    return name
 
 
 def read_regular(path: Path, most: int, what: str, raising: type[FisherMaskError]) -> bytes:

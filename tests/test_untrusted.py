@@ -134,6 +134,10 @@ RECIPE = "merge_method: linear\nmodels: [{model: one}]\n"
         ("a: !!int ''\n" + RECIPE, "is not YAML"),
         ("a: !!timestamp soon\n" + RECIPE, "is not YAML"),
         (RECIPE.encode("utf-16"), "is not YAML: 'utf-8' codec"),
+        (RECIPE.replace("one", f"one, parameters: {{weight: 1{'0' * 400}}}"), "the weight of one is larger than a number can be"),
+        (RECIPE.replace("one", "a" * 256), r"expected a path or hub id with no more than 255 bytes between its slashes, got 'aaa"),
+        (RECIPE + f"base_model: org/{'ü' * 128}", "no more than 255 bytes between its slashes, got 'org/"),
+        (RECIPE + f"fisher: {{data: {'d' * 256}}}", "data: Value error, expected a path or hub id with no more than 255 bytes"),
         (RECIPE + f"fisher: {{data: {'d' * 8193}}}", "data: String should have at most 8192 characters"),
     ],
 )  # fmt: skip
@@ -141,6 +145,11 @@ def test_recipes_that_are_not_read(tmp_path: Path, text: str | bytes, message: s
     (tmp_path / "recipe.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=message):
         read_recipe(tmp_path / "recipe.yml")
+
+
+def test_the_home_of_nobody() -> None:
+    with pytest.raises(RecipeError, match="sidecar '~nobody-here/x': Could not determine home"):
+        store.expanded("~nobody-here/x")
 
 
 def test_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:
