@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings, Kind
-from fisher_mask_mergekit.untrusted import MOST_RECIPE_BYTES, read_regular, read_yaml
+from fisher_mask_mergekit.untrusted import MOST_RECIPE_BYTES, checked_name, read_regular, read_yaml
 
 METHOD = "fisher_mask"
 DIAGONAL_METHOD = "fisher_diagonal"
@@ -88,7 +88,9 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         found.setdefault(_model_name(entry, path), []).append(entry)
     base = document.get("base_model")
     if isinstance(base, str):
-        found.setdefault(base, [{"parameters": _mapping(document.get("parameters"), "parameters", path)}])
+        found.setdefault(
+            _checked(base, path), [{"parameters": _mapping(document.get("parameters"), "parameters", path)}]
+        )
     if not found:
         raise RecipeError(f"{path} names no models")
     return Recipe(
@@ -118,7 +120,10 @@ def _model(
     )
     counted = [e for e in entries if not is_empty(e)] or entries
     weights = [w for e in counted if (w := e["parameters"].get("weight")) is not None]
-    plain = [float(weight) for weight in weights if isinstance(weight, int | float)]
+    try:
+        plain = [float(weight) for weight in weights if isinstance(weight, int | float)]
+    except OverflowError as error:
+        raise RecipeError(f"{path}: the weight of {name} is larger than a number can be") from error
     weight: float | Literal["varies"] | None = plain[0] if plain else None
     if len(plain) < len(weights) or len(set(plain)) > 1:
         weight = "varies"
@@ -175,7 +180,14 @@ def _model_name(entry: Mapping[str, Any], path: Path) -> str:
     name = entry.get("model")
     if not isinstance(name, str) or not name:
         raise RecipeError(f"{path}: expected 'model: NAME', got {reprlib.repr(entry)}")
-    return name
+    return _checked(name, path)
+
+
+def _checked(name: str, path: Path) -> str:
+    try:
+        return checked_name(name)
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}, got {reprlib.repr(name)}") from error
 
 
 def _mapping(value: Any, what: str, path: Path) -> dict[str, Any]:

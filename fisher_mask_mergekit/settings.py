@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fisher_mask_mergekit.untrusted import LONGEST_STRING
+from fisher_mask_mergekit.untrusted import LONGEST_STRING, checked_name
 
+DataName = Annotated[str, Field(min_length=1), AfterValidator(checked_name)]
 TaskName = Literal[
     "sequence-classification",
     "token-classification",
@@ -58,7 +59,7 @@ class FisherSettings(_Settings):
         kind: What is measured: mask nodes (``mask``), or every parameter by itself (``diagonal``).
     """
 
-    data: str | None = Field(default=None, min_length=1)
+    data: DataName | None = None
     samples: int = Field(default=128, ge=1)
     seed: int = Field(default=0, ge=0)
     task: TaskName | None = None
@@ -97,5 +98,5 @@ class EvaluationSettings(_Settings):
         metric: Name of a metric, or several, of which the first is normalised; the task's own if not given.
     """
 
-    eval: str | None = Field(default=None, min_length=1)
+    eval: DataName | None = None
     metric: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None

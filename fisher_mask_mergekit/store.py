@@ -101,8 +101,20 @@ def sidecar_of(given: str | None, checkpoint: Checkpoint | None, kind: Kind = "m
             )
         return hub.fetch(hub.parse(given)).path
     if given:
-        return Path(given).expanduser()
+        return expanded(given)
     return find(checkpoint, kind) if checkpoint else None
+
+
+def expanded(given: str) -> Path:
+    """A path as a recipe's author gave it, with ``~`` written out.
+
+    Raises:
+        RecipeError: If it begins with the home folder of nobody.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"sidecar '{given}': {error}") from error
 
 
 def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:

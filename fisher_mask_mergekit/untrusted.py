@@ -32,6 +32,23 @@ LONGEST_STRING = 8192
 """Of a field; names of sites and tensors are shorter still."""
 
 MOST_AXES = 8
+_LONGEST_PATH = 4095
+_LONGEST_NAME = 255
+"""In bytes, of what stands between two slashes of a path or a hub id: what Linux allows."""
+
+
+def checked_name(name: str) -> str:
+    """A path or a hub id, unless no file can have such a name.
+
+    Raises:
+        ValueError: If none can.
+    """
+    whole = name.encode("utf-8", "replace")
+    if len(whole) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in whole.split(b"/")):
+        raise ValueError(
+            f"expected a path or hub id of no more than {_LONGEST_PATH} bytes, {_LONGEST_NAME} between its slashes"
+        )
+    return name
 
 
 def read_regular(path: Path, most: int, what: str, raising: type[FisherMaskError]) -> bytes:

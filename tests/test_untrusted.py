@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -134,6 +135,11 @@ RECIPE = "merge_method: linear\nmodels: [{model: one}]\n"
         ("a: !!int ''\n" + RECIPE, "is not YAML"),
         ("a: !!timestamp soon\n" + RECIPE, "is not YAML"),
         (RECIPE.encode("utf-16"), "is not YAML: 'utf-8' codec"),
+        (RECIPE.replace("one", f"one, parameters: {{weight: 1{'0' * 400}}}"), "the weight of one is larger than a number can be"),
+        (RECIPE.replace("one", "a" * 256), r"expected a path or hub id of no more than 4095 bytes, 255 between its slashes, got 'aaa"),
+        (RECIPE.replace("one", "a/" * 2048), "of no more than 4095 bytes"),
+        (RECIPE + f"base_model: org/{'ü' * 128}", "255 between its slashes, got 'org/"),
+        (RECIPE + f"fisher: {{data: {'d' * 256}}}", "data: Value error, expected a path or hub id of no more than 4095 bytes"),
         (RECIPE + f"fisher: {{data: {'d' * 8193}}}", "data: String should have at most 8192 characters"),
     ],
 )  # fmt: skip
@@ -141,6 +147,11 @@ def test_recipes_that_are_not_read(tmp_path: Path, text: str | bytes, message: s
     (tmp_path / "recipe.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=message):
         read_recipe(tmp_path / "recipe.yml")
+
+
+def test_the_home_of_nobody() -> None:
+    with pytest.raises(RecipeError, match="sidecar '~nobody-here/x': Could not determine home"):
+        store.expanded("~nobody-here/x")
 
 
 def test_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:
@@ -156,6 +167,21 @@ def test_a_flipped_bit_of_a_value_is_noticed(path: Path, bit: int) -> None:  # n
         SidecarError, match="is damaged: its checksum is of something else; copy or download it again"
     ):
         read(path)
+
+
+def test_the_page_says_how_the_checksum_is_made(path: Path) -> None:  # noqa: F811
+    page = (Path(__file__).parent.parent / "docs" / "sidecar.md").read_text()
+    known: dict[str, Any] = {}
+    exec(page.partition("### Checksum")[2].partition("```python\n")[2].partition("```")[0], known)
+    content, tensors = path.read_bytes(), load_file(path)
+    size = struct.unpack("<Q", content[:8])[0]
+    text = json.loads(content[8 : 8 + size])["__metadata__"][METADATA_KEY]
+    described = {
+        name: (str(tensor.dtype)[6:], tuple(tensor.shape), tensor.numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+    body = text.partition(',"checksum"')[0]
+    assert text == f'{body},"checksum":"{known["checksum"](body, described)}"}}'
 
 
 def test_values_in_each_others_place_are_noticed(path: Path) -> None:  # noqa: F811

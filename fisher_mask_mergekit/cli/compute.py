@@ -163,6 +163,7 @@ def _requests(
     from fisher_mask_mergekit import hub
     from fisher_mask_mergekit.recipe import KIND_OF_METHOD, describe, read_recipe
     from fisher_mask_mergekit.settings import FisherSettings
+    from fisher_mask_mergekit.store import expanded
 
     if Path(target).suffix not in (".yml", ".yaml") and not Path(target).is_file():
         if "data" not in overrides:
@@ -196,7 +197,7 @@ def _requests(
     for model in measurable:
         assert model.settings is not None
         path = paths.get(model.name)
-        yield model.name, model.settings, out or (Path(path).expanduser() if path else None)
+        yield model.name, model.settings, out or (expanded(path) if path else None)
 
 
 def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
