@@ -346,16 +346,16 @@ def test_applied_adapters_of_killed_programs_go(tmp_path: Path) -> None:
 def test_the_benchmark_kills_and_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "faults.py", "--computes", "6", "--merges", "3", "--processes", "3",
-         "--seconds", "3", "--json", out],
+        [sys.executable, BENCHMARKS / "faults.py", "--computes", "3", "--merges", "1", "--processes", "3",
+         "--seconds", "1", "--json", out],
         capture_output=True,
         text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())
-    assert (record["compute"]["kills"], record["merges"]["kills"]) == (6, 3)
-    assert record["crowd"]["runs"] > 5
+    assert (record["compute"]["kills"], record["merges"]["kills"]) == (3, 1)
+    assert record["crowd"]["runs"] > 3
     assert [record["crowd"][name] for name in ("processes", "models", "measured", "served")] == [3, 2, 2, 4]
     assert all(not record[part]["what"] for part in ("compute", "merges", "crowd"))
 
