@@ -121,6 +121,18 @@ def test_what_another_process_measured_meanwhile_is_served(model: Path, data: Pa
     assert not prepass.compute(stale, CPU).served
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_what_is_served_is_tidied_up_too(model: Path, data: Path, kind: Kind) -> None:
+    path = prepass.compute(job_of(model, data, kind), CPU).path
+    whole = set(model.rglob("*"))
+    # Killed between the rename and what comes after it: an earlier sidecar, and a lock.
+    shutil.copytree(path.parent, path.with_name(f".{path.name}.12345678"))
+    path.with_name(f".{path.name}.lock").touch()
+    assert set(model.rglob("*")) > whole
+    assert prepass.compute(job_of(model, data, kind), CPU).served
+    assert set(model.rglob("*")) == whole
+
+
 def test_a_process_that_waits_says_so_once(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     waits = threading.Event()
