@@ -29,6 +29,7 @@ class World:
 
     Attributes:
         folder: All of it.
+        checkpoints: Their folder.
         cache: The shared one.
         sidecars: By request, the digest of its numbers.
         merged: By kind, the digest of the merge.

@@ -92,6 +92,7 @@ def compute(
         FisherMaskError: On bad input, or if the checkpoint changes; nothing is written then.
     """
     if job.served is not None:
+        store.clear_away(Path(job.served.source))
         return _served(job, job.served)
     with ExitStack() as stack:
         try:

@@ -161,6 +161,13 @@ def alone(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[Non
         lock.release()
 
 
+def clear_away(path: Path) -> None:
+    """Clear away what killed processes left of ``path``, unless one is writing to it now, or nothing may be written."""
+    if any(path.parent.glob(f".{escape(path.name)}.*")):
+        with suppress(OSError), alone(path):
+            pass
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it: there is a whole file or none.
 
