@@ -362,7 +362,7 @@ def test_a_walk_without_the_data(newcomer: User, measured: Path, folders: Path) 
     for name in names:
         newcomer.run("mergekit-fisher", "pull", name, "--out", "pulled.safetensors")
         done = newcomer.run("mergekit-fisher", "verify", "pulled.safetensors", "--model", name)
-        verdicts = dict(reversed(line.split(": ")[:2]) for line in done.stdout.splitlines())
+        verdicts = {line.split(": ")[1]: line.split(": ")[0] for line in done.stdout.splitlines()}
         assert verdicts["file"] == verdicts["values"] == verdicts["weights"] == "ok"
     again = ("verify", "pulled.safetensors", "--model", names[1], "--recompute", "4")
     assert "org/words" in newcomer.run("mergekit-fisher", *again, code=1).stderr
