@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from fisher_mask_mergekit.batches import encode_samples, padded_batches
+from fisher_mask_mergekit.batches import encode_samples, growing_limits, padded_batches
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
@@ -65,7 +65,7 @@ def load_workload(checkpoint: Path, data: str, samples: int, device: torch.devic
     batches = padded_batches(
         encode_samples(load_samples(settings, task), task, Tokenization(tokenizer, longest)),
         tokenizer,
-        batch_size=settings.batch_size,
+        limits=growing_limits(torch.device("cpu"), settings.rows),
         by_length=True,
         device=device,
     )

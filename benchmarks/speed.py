@@ -241,7 +241,6 @@ def conditions(timed: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     return described | {
         "checkpoint": options.checkpoint.name if options.checkpoint else "random, BERT-base's shape",
         "data": options.data.name if options.data else "random text",
-        "batch_size": timed["batches"][0][0],
         "repeats": options.repeats,
         "processor": processor_name(),
         "cores": os.cpu_count(),

@@ -28,7 +28,8 @@ class MaskGradients:
         samples: B of the last forward pass; hooks keep the one they were made in.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
-        means: Of the batch so far.
+        pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
+        means: The batch's gradients so far, for the batch estimator.
         sums: Over all samples, or batches.
         seen: If not None, gets what a forward pass gives each site.
     """
@@ -40,6 +41,7 @@ class MaskGradients:
     estimator: Estimator
     samples: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
+    pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
     sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
@@ -69,6 +71,7 @@ class MaskGradients:
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
         self.samples, self.seen = len(batch.index), seen
+        self.pending.clear()
         return task.likelihood(self.model, batch)
 
     def fits(self, task: Task, sample: Batch) -> bool:
@@ -80,14 +83,22 @@ class MaskGradients:
         self.one_by_one = True
 
     def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
-        """Add the squares of one backward pass; for the batch estimator, keep its gradients."""
+        """Add up the squares of one backward pass; for the batch estimator, its gradients."""
         self.found.clear()
         loss.backward(retain_graph=again)
         for key, gradient in self.found.items():
-            if self.estimator == "batch":
-                self.means[key] = self.means.get(key, 0) + _wide(gradient).sum(0)
-            else:
-                self.sums[key] = self.sums.get(key, 0) + _squared(gradient, weight)
+            total = _wide(gradient).sum(0) if self.estimator == "batch" else _squared(gradient, weight)
+            self.pending[key] = self.pending.get(key, 0) + total
+
+    def keep(self) -> None:
+        """Add what is pending to the sums; to the means for the batch estimator."""
+        totals = self.means if self.estimator == "batch" else self.sums
+        for key, total in self.pending.items():
+            totals[key] = totals.get(key, 0) + total
+
+    def can_forget(self) -> bool:
+        """What is pending, always."""
+        return True
 
     def end_batch(self, samples: int) -> None:
         """Add the squared mean of the batch, if that is what the estimator squares."""

@@ -1,13 +1,13 @@
 """The pre-pass for all parameters: the model as it must be loaded, its Fisher information, and the sidecar of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.batches import padded_batches
+from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.diagonal_sidecar import (
@@ -69,13 +69,11 @@ def measure(
     inputs: Inputs,
     model: nn.Module,
     device: torch.device,
-    batch_size: int,
+    limits: Iterator[Limit],
     on_batch: Callable[[Batch], None],
 ) -> DiagonalFisher:
     """Run the samples."""
-    batches = padded_batches(
-        inputs.encoded, inputs.tokenizer, batch_size=batch_size, by_length=True, device=device
-    )
+    batches = padded_batches(inputs.encoded, inputs.tokenizer, limits=limits, by_length=True, device=device)
     settings = job.settings
     return diagonal_fisher(
         model, batches, job.task, labels=settings.labels, seed=settings.seed, on_batch=on_batch

@@ -1,8 +1,8 @@
 """Samples through a model and back, batch by batch: what every kind of Fisher information is measured in."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,7 +28,10 @@ class Gradients(Protocol):
         """Whether samples must run one at a time."""
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
-        """A forward pass; it fills ``seen`` with what must hold the samples one after the other."""
+        """A forward pass; it fills ``seen`` with what must hold the samples one after the other.
+
+        What an earlier batch gave that was not kept is forgotten.
+        """
 
     def fits(self, task: Task, sample: Batch) -> bool:
         """Whether batches can be measured, as far as one sample tells."""
@@ -44,6 +47,12 @@ class Gradients(Protocol):
             weight: What each sample's squared gradient is multiplied by.
             again: Whether another backward pass of the same forward pass follows.
         """
+
+    def keep(self) -> None:
+        """What the backward passes since the forward pass gave counts."""
+
+    def can_forget(self) -> bool:
+        """Whether what they gave can still be forgotten."""
 
     def end_batch(self, samples: int) -> None:
         """A whole batch has run."""
@@ -76,41 +85,94 @@ def run_samples(
     """One forward pass per batch and one backward pass per outcome that the labels ask for.
 
     The first batch of more than one sample, and the first that is padded, decide whether the samples lie
-    apart in it; else they run one at a time from then on.
+    apart in it; else they run one at a time from then on. A batch that does not fit into memory runs in halves,
+    and so does what is as large from then on.
 
     Raises:
         MeasurementError: If there is no sample, a loss is not finite, or a sample gives something else by
             itself than in its batch.
+        torch.OutOfMemoryError: If there is no memory for a single sample.
     """
-    totals, checked, checked_padded = Totals(), 0, False
+    run = _Run(gradients, task, labels, seed)
     for batch in batches:
-        parts = list(batch.split()) if gradients.one_by_one else [batch]
+        parts = [batch]
         while parts:
             part = parts.pop(0)
-            several = len(part.index) > 1
-            padded = several and not checked_padded and _is_padded(part)
-            seen: Seen | None = {} if checked == 0 or (checked == 1 and several) or padded else None
-            likelihood = gradients.run(task, part, seen)
-            if seen is not None:
-                apart = _apart(gradients, task, part, likelihood, seen)
-                checked, checked_padded = len(part.index), checked_padded or padded
-                if not apart and not gradients.one_by_one:
-                    del likelihood, seen
-                    gradients.separate()
-                    parts, checked = list(part.split()), 0
-                    continue
-            losses = likelihood.losses().detach()
-            _check_losses(losses, part)
-            for outcomes, weight in _outcomes(likelihood, labels, seed):
-                gradients.backward(likelihood.losses(outcomes).sum(), weight, again=labels == "exact")
-            totals.samples += len(losses)
-            totals.loss += float(losses.double().sum())
-            totals.correct += float(likelihood.correct().sum())
+            if gradients.one_by_one and len(part.index) > 1:
+                parts = [*part.split(), *parts]
+            elif run.is_too_large(part):
+                parts = [*part.halves(), *parts]
+            else:
+                parts = [*run.attempt(part), *parts]
         gradients.end_batch(len(batch.index))
         on_batch(batch)
-    if totals.samples == 0:
+    if run.totals.samples == 0:
         raise MeasurementError("there is no sample to measure on")
-    return totals
+    return run.totals
+
+
+@dataclass
+class _Run:
+    """The samples that have run.
+
+    Attributes:
+        checked: Samples of the batch that was looked into: whether they lie apart.
+        checked_padded: Whether one was padded.
+        too_large: The size of the smallest batch that did not fit into memory.
+    """
+
+    gradients: Gradients
+    task: Task
+    labels: Labels
+    seed: int
+    totals: Totals = field(default_factory=Totals)
+    checked: int = 0
+    checked_padded: bool = False
+    too_large: int | None = None
+
+    def is_too_large(self, batch: Batch) -> bool:
+        """Whether one of no more than this size did not fit."""
+        return len(batch.index) > 1 and self.too_large is not None and batch.size >= self.too_large
+
+    def attempt(self, batch: Batch) -> Sequence[Batch]:
+        """Run samples. Returns what is left to run: all of them where not all ran."""
+        try:
+            return () if self._run(batch) else (batch,)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch.index) == 1 or not self.gradients.can_forget():
+                raise
+            self.too_large = batch.size
+        return batch.halves()
+
+    def _run(self, batch: Batch) -> bool:
+        """Run samples, unless they turn out not to lie apart."""
+        several = len(batch.index) > 1
+        padded = several and not self.checked_padded and _is_padded(batch)
+        seen: Seen | None = {} if self.checked == 0 or (self.checked == 1 and several) or padded else None
+        likelihood = self.gradients.run(self.task, batch, seen)
+        if seen is not None:
+            apart = _apart(self.gradients, self.task, batch, likelihood, seen)
+            self.checked, self.checked_padded = len(batch.index), self.checked_padded or padded
+            if not apart and not self.gradients.one_by_one:
+                self.gradients.separate()
+                self.checked = 0
+                return False
+        losses = likelihood.losses().detach()
+        _check_losses(losses, batch)
+        for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
+            self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
+        correct = float(likelihood.correct().sum())
+        self.gradients.keep()
+        self.totals.samples += len(losses)
+        self.totals.loss += float(losses.double().sum())
+        self.totals.correct += correct
+        return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left; a processor's allocator and MPS raise no error of their own for it."""
+    told = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
 
 
 def _is_padded(batch: Batch) -> bool:

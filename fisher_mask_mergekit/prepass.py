@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fisher_mask_mergekit import measure_diagonal, measure_mask, store
-from fisher_mask_mergekit.batches import lacks_for_padding
+from fisher_mask_mergekit.batches import Limit, growing_limits, lacks_for_padding
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import (
     FisherMaskError,
@@ -25,6 +26,8 @@ from fisher_mask_mergekit.errors import (
 )
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job
+from fisher_mask_mergekit.passes import is_out_of_memory
+from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Measurement, read
 from fisher_mask_mergekit.tasks import Batch
 
@@ -70,6 +73,7 @@ def compute(
     job: Job,
     device: torch.device,
     *,
+    batch_tokens: int | None = None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Outcome:
@@ -78,6 +82,7 @@ def compute(
     Args:
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         device: Where to run.
+        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
 
@@ -90,18 +95,19 @@ def compute(
     assert job.inputs is not None
     kind: Any = measure_mask if job.settings.kind == "mask" else measure_diagonal
     model, values = kind.load(job, job.inputs)
-    batch_size, notes = job.settings.batch_size, []
+    rows, notes = job.settings.rows, []
     if lacking := lacks_for_padding(job.inputs.tokenizer):
-        batch_size = 1
+        rows = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
     notes += _replaced(job)
     on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
-    with model_errors(job.checkpoint.name, job.model_class, batch_size):
-        measured = kind.measure(job, job.inputs, model.to(device), device, batch_size, on_batch)
+    limits = _limits(job.settings, rows, batch_tokens, device)
+    with model_errors(job.checkpoint.name, job.model_class, "--batch-tokens, a smaller max_length"):
+        measured = kind.measure(job, job.inputs, model.to(device), device, limits, on_batch)
     seconds = time.perf_counter() - started
     sidecar = kind.save(job, measured, values, _facts(job, job.inputs, measured, device))
-    if measured.one_by_one and batch_size > 1:
+    if measured.one_by_one and rows != 1:
         notes.append(
             f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
         )
@@ -109,13 +115,30 @@ def compute(
     return Outcome(sidecar, job.target, seconds, False, (*notes, *_notes(job, sidecar.metadata, job.target)))
 
 
+def _limits(
+    settings: FisherSettings, rows: int | None, tokens: int | None, device: torch.device
+) -> Iterator[Limit]:
+    """Of the batches.
+
+    Raises:
+        RecipeError: If batches are told apart by their tokens where they are part of the definition.
+    """
+    if settings.estimator == "batch":
+        if tokens is not None:
+            raise RecipeError(
+                "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
+            )
+        return repeat(Limit(rows=rows))
+    return growing_limits(device, rows) if tokens is None else repeat(Limit(tokens, rows))
+
+
 def _replaced(job: Job) -> list[str]:
     """That an earlier measurement with other settings goes, and which settings those are."""
     try:
-        earlier = read(job.target).metadata.settings.model_dump(mode="json")
+        earlier = read(job.target).metadata.settings.definition()
     except SidecarError:
         return []
-    now = job.settings.model_dump(mode="json")
+    now = job.settings.definition()
     other = [f"{name} {earlier[name]!r}" for name in now if earlier[name] != now[name]]
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
@@ -188,17 +211,23 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def model_errors(name: str, kind: Any, batch_size: int) -> Iterator[None]:
-    """Turn what a model says of its inputs into one error."""
+def model_errors(name: str, kind: Any, smaller: str) -> Iterator[None]:
+    """Turn what a model says of its inputs into one error.
+
+    Args:
+        name: The checkpoint.
+        kind: Its class.
+        smaller: What to make smaller where memory lacks.
+    """
     try:
         yield
     except FisherMaskError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise MeasurementError(
-            f"the device has too little memory for batches of {batch_size}; take a smaller batch_size, or dtype bfloat16"
-        ) from error
     except Exception as error:  # Whatever the architecture's code raises.
+        if is_out_of_memory(error):
+            raise MeasurementError(
+                f"the device has too little memory for {name}; take a smaller {smaller}, or dtype bfloat16"
+            ) from error
         raise MeasurementError(
             f"{name} ({kind.__name__}) cannot be run on these samples: "
             f"{type(error).__name__}: {first_line(error)}"

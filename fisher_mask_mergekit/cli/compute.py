@@ -65,7 +65,17 @@ def compute(
         int | None,
         typer.Option(help="Tokens per sample at most. [default: the checkpoint's limit, at most 512]"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per batch. [default: 32]")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples per batch at most. [default: any number; 32 with estimator batch]"),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per batch at most, padding included. [default: 2048, on a GPU as many as fit]",
+        ),
+    ] = None,
     estimator: Annotated[
         Literal["sample", "batch"] | None,
         typer.Option(
@@ -137,7 +147,9 @@ def compute(
             )
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             with progress(name) as (on_start, on_batch):
-                outcome = prepass.compute(job, where, on_start=on_start, on_batch=on_batch)
+                outcome = prepass.compute(
+                    job, where, batch_tokens=batch_tokens, on_start=on_start, on_batch=on_batch
+                )
             _report(name, outcome)
 
 
