@@ -79,7 +79,7 @@ def lower_bound_row(timed: dict[str, Any]) -> Row:
         "1  pre-pass / forward + activation-only backward, time",
         statistics.median(ratios),
         "x",
-        1.1,
+        1.05,
         f"{spread(ratios)}; {seconds[0]:.3g} s and {seconds[1]:.3g} s; by processor time {processor:.3f}; "
         f"{len(timed['batches'])} batch(es), the pre-pass's check for randomness included",
     )
@@ -128,10 +128,10 @@ def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
     """Row 4: peak memory of the pre-pass, and of the full diagonal, against that of the lower bound."""
     of = "device memory" if runs["pre_pass"][0]["of"] == "device" else "resident set"
     rows = []
-    for way, name, title, without in (
-        ("pre_pass", "memory", "4  pre-pass / forward + activation-only backward, peak memory", 0),
-        ("pre_pass", "memory_beyond_model", "4  the same, beyond what the loaded model takes", 1),
-        ("diagonal", "memory", "4  full Fisher in batches / the same, peak memory", 0),
+    for way, name, title, without, target in (
+        ("pre_pass", "memory", "4  pre-pass / forward + activation-only backward, peak memory", 0, 1.05),
+        ("pre_pass", "memory_beyond_model", "4  the same, beyond what the loaded model takes", 1, None),
+        ("diagonal", "memory", "4  full Fisher in batches / the same, peak memory", 0, None),
     ):
         # At least a byte: on an idle high-water mark nothing is added.
         used = [
@@ -146,7 +146,7 @@ def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
                 title,
                 statistics.median(ratios),
                 "x",
-                None,
+                target,
                 f"{spread(ratios)}; {medians} MiB, {of}",
             )
         )

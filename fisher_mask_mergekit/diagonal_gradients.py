@@ -140,8 +140,8 @@ class DiagonalGradients:
         call, output = self._call(module, args, kwargs, output)
         if self.seen is not None:
             run = f"{path}, run {self._calls[names[0]]}"
-            tensors = enumerate((output, *call.tensors()))
-            self.seen |= {f"{run}, tensor {place}": tensor.detach() for place, tensor in tensors}
+            for place, tensor in enumerate((output, *call.tensors())):
+                self.seen.add(f"{run}, tensor {place}", tensor)
         self._calls.update(names)
         if torch.is_grad_enabled():
             if not output.requires_grad:

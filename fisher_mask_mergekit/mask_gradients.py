@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fisher_mask_mergekit.activations import Product, product_of, sums_over_tokens
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.passes import Seen
 from fisher_mask_mergekit.settings import Estimator, MaskPlacement
@@ -32,6 +33,7 @@ class MaskGradients:
         means: The batch's gradients so far, for the batch estimator.
         sums: Over all samples, or batches.
         seen: If not None, gets what a forward pass gives each site.
+        watched: The sites' activations in a forward pass, in the order that they ran.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class MaskGradients:
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
     sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
+    watched: list[Product] = field(default_factory=list)
 
     @contextmanager
     def attached(self) -> Iterator["MaskGradients"]:
@@ -71,7 +74,9 @@ class MaskGradients:
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
         self.samples, self.seen = len(batch.index), seen
-        self.pending.clear()
+        if torch.is_grad_enabled():
+            self.pending.clear()
+            self.watched.clear()
         return task.likelihood(self.model, batch)
 
     def fits(self, task: Task, sample: Batch) -> bool:
@@ -95,6 +100,7 @@ class MaskGradients:
         totals = self.means if self.estimator == "batch" else self.sums
         for key, total in self.pending.items():
             totals[key] = totals.get(key, 0) + total
+        self.watched.clear()
 
     def can_forget(self) -> bool:
         """What is pending, always."""
@@ -114,23 +120,18 @@ class MaskGradients:
 
     def _watch(self, site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
         if self.seen is not None:
-            self.seen[site.output] = tensor.detach()
+            self.seen.add(site.output, tensor)
         if not torch.is_grad_enabled():
             return tensor
         if not tensor.requires_grad:  # The first site: autograd starts here, not at the embeddings.
             tensor = tensor.detach().requires_grad_()
-        # The hook must hold another tensor object than the one it is registered on, else the two keep
-        # each other alive.
-        tensor.register_hook(partial(self._from_activation, site, tensor.detach(), bias, self.samples))
+        # What is watched may hold the graph that holds the hook: the hook itself must not hold it.
+        tensor.register_hook(partial(self._from_activation, site, len(self.watched), self.samples))
+        self.watched.append(product_of(tensor, bias))
         return tensor
 
-    def _from_activation(
-        self, site: Site, values: Tensor, bias: Tensor | None, samples: int, gradient: Tensor
-    ) -> None:
-        wide = torch.promote_types(values.dtype, torch.float32)
-        masked = values.to(wide) if bias is None else values.to(wide) - bias.to(wide)
-        product = masked * gradient.to(wide)
-        per_sample = product.reshape(samples, -1, product.shape[-1]).sum(1)
+    def _from_activation(self, site: Site, place: int, samples: int, gradient: Tensor) -> None:
+        per_sample = sums_over_tokens(self.watched[place], gradient, samples)
         if site.kind == "attention":
             heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
             self._add(site, "head_fisher", heads)

@@ -1,6 +1,6 @@
 """Samples through a model and back, batch by batch: what every kind of Fisher information is measured in."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,8 +12,27 @@ from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
-Seen = dict[str, Tensor]
-"""What went through a model's modules in a forward pass, by the place where it was seen."""
+
+@dataclass
+class Seen:
+    """What went through a model's modules in a forward pass, of the batch's first and last sample.
+
+    Attributes:
+        samples: B.
+        ends: By the place where it was seen: a B-th of a tensor's rows, the first and the last; None if it has no
+            B equal parts.
+    """
+
+    samples: int
+    ends: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+
+    def add(self, place: str, tensor: Tensor) -> None:
+        """A tensor that went by. Its ends are copied: the rest may go."""
+        self.ends[place] = None
+        if tensor.ndim and len(tensor) % self.samples == 0:
+            each = len(tensor) // self.samples
+            first, last = tensor.detach()[:each], tensor.detach()[len(tensor) - each :]
+            self.ends[place] = first.clone(), last.clone()
 
 
 class Gradients(Protocol):
@@ -148,10 +167,11 @@ class _Run:
         """Run samples, unless they turn out not to lie apart."""
         several = len(batch.index) > 1
         padded = several and not self.checked_padded and _is_padded(batch)
-        seen: Seen | None = {} if self.checked == 0 or (self.checked == 1 and several) or padded else None
+        check = self.checked == 0 or (self.checked == 1 and several) or padded
+        seen = Seen(len(batch.index)) if check else None
         likelihood = self.gradients.run(self.task, batch, seen)
         if seen is not None:
-            apart = _apart(self.gradients, self.task, batch, likelihood, seen)
+            apart = _apart(self.gradients, self.task, batch, likelihood, seen.ends)
             self.checked, self.checked_padded = len(batch.index), self.checked_padded or padded
             if not apart and not self.gradients.one_by_one:
                 self.gradients.separate()
@@ -215,7 +235,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood, seen: Seen) -> bool:
+def _apart(
+    gradients: Gradients,
+    task: Task,
+    batch: Batch,
+    together: Likelihood,
+    seen: Mapping[str, tuple[Tensor, Tensor] | None],
+) -> bool:
     """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
 
     Returns:
@@ -228,7 +254,7 @@ def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood,
     apart = True
     parts = list(batch.split())
     for position in {0, len(parts) - 1}:
-        single: Seen = {}
+        single = Seen(1)
         with torch.no_grad():
             alone = gradients.run(task, parts[position], single).outputs(0)
             expected = together.outputs(position)
@@ -238,20 +264,17 @@ def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood,
                     f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
                     "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
                 )
-            apart &= single.keys() <= seen.keys()
-            for place, whole in seen.items():
-                apart &= _is_chunk(whole, single.get(place), position, len(parts), eps)
+            apart &= single.ends.keys() <= seen.keys()
+            for place, ends in seen.items():
+                apart &= _is_alike(ends and ends[position > 0], single.ends.get(place), eps)
     return apart and (gradients.one_by_one or gradients.fits(task, parts[0]))
 
 
-def _is_chunk(whole: Tensor, alone: Tensor | None, position: int, samples: int, eps: float) -> bool:
-    """Whether what was seen of one sample is the batch's, cut along the first axis."""
-    if alone is None or not whole.ndim or whole.shape[0] % samples:
-        return False
-    chunk = whole.chunk(samples)[position] if whole.shape[0] else whole
-    if alone.shape != chunk.shape:
+def _is_alike(chunk: Tensor | None, alone: tuple[Tensor, Tensor] | None, eps: float) -> bool:
+    """Whether what was seen of one sample by itself is what was seen of it in the batch."""
+    if chunk is None or alone is None or alone[0].shape != chunk.shape:
         return False
     if not chunk.numel():
         return True
-    gap, largest = (alone - chunk).abs().max(), chunk.abs().max()
+    gap, largest = (alone[0] - chunk).abs().max(), chunk.abs().max()
     return bool((gap <= eps**0.5 * max(1.0, float(largest))).item())
