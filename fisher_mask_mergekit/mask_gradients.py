@@ -1,15 +1,17 @@
 """Per-sample gradients of masks that are not there: hooks on the modules that they would stand before."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.activations import Product, product_of, sums_over_tokens
 from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.expert_gradients import Routing, can_run, replaced, run_experts, sums_over_routed
 from fisher_mask_mergekit.passes import Seen
 from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
@@ -24,9 +26,10 @@ class MaskGradients:
         model: The model.
         sites: Its mask nodes.
         placement: Of the neuron masks.
-        one_by_one: Whether samples run one at a time.
         estimator: What is summed: squares, or squares of a batch's mean.
+        one_by_one: Whether samples run one at a time; so they do if experts' weights are all there is to see.
         samples: B of the last forward pass; hooks keep the one they were made in.
+        tokens: Of each sample, as experts are given them; likewise.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
         pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
@@ -39,15 +42,19 @@ class MaskGradients:
     model: nn.Module
     sites: tuple[Site, ...]
     placement: MaskPlacement
-    one_by_one: bool
     estimator: Estimator
+    one_by_one: bool = False
     samples: int = 1
+    tokens: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
     pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
     sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
     watched: list[Product] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
 
     @contextmanager
     def attached(self) -> Iterator["MaskGradients"]:
@@ -56,7 +63,13 @@ class MaskGradients:
             for site in self.sites:
                 before = site.kind == "ffn" and self.placement == "pre"
                 path = site.inputs[0] if before else site.output
-                if site.experts:
+                experts = self._experts(site) if site.experts else None
+                if experts is not None and can_run(experts):
+                    watch: dict[str, Any] = {"before" if before else "after": partial(self._routed, site)}
+                    stack.enter_context(replaced(experts, partial(run_experts, experts, **watch)))
+                    handle = experts.register_forward_pre_hook(partial(self._before_experts, site))
+                    stack.callback(handle.remove)
+                elif site.experts:
                     weight = _parameter(self.model, path)
                     weight.requires_grad_(True)
                     stack.callback(weight.requires_grad_, False)
@@ -70,6 +83,9 @@ class MaskGradients:
                         handle = module.register_forward_pre_hook(partial(self._before_output, site))
                     stack.callback(handle.remove)
             yield self
+
+    def _experts(self, site: Site) -> nn.Module:
+        return _submodule(self.model, site.output.rpartition(".")[0])
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
@@ -121,16 +137,20 @@ class MaskGradients:
     def _watch(self, site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
         if self.seen is not None:
             self.seen.add(site.output, tensor)
+        return self._hooked(tensor, bias, partial(self._from_activation, site, self.samples))
+
+    def _hooked(self, tensor: Tensor, bias: Tensor | None, hook: Callable[[int, Tensor], None]) -> Tensor:
+        """What a hook that is told the tensor's place among the watched ones is put on."""
         if not torch.is_grad_enabled():
             return tensor
         if not tensor.requires_grad:  # The first site: autograd starts here, not at the embeddings.
             tensor = tensor.detach().requires_grad_()
         # What is watched may hold the graph that holds the hook: the hook itself must not hold it.
-        tensor.register_hook(partial(self._from_activation, site, len(self.watched), self.samples))
+        tensor.register_hook(partial(hook, len(self.watched)))
         self.watched.append(product_of(tensor, bias))
         return tensor
 
-    def _from_activation(self, site: Site, place: int, samples: int, gradient: Tensor) -> None:
+    def _from_activation(self, site: Site, samples: int, place: int, gradient: Tensor) -> None:
         per_sample = sums_over_tokens(self.watched[place], gradient, samples)
         if site.kind == "attention":
             heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
@@ -139,6 +159,22 @@ class MaskGradients:
         else:
             # More columns than neurons: gate and up in one, before the activation.
             self._add(site, "neuron_fisher", site.activated(per_sample))
+
+    def _before_experts(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Experts' tokens must be the samples', one after the other."""
+        self.tokens = len(args[0]) // self.samples
+        if self.seen is not None:
+            self.seen.add(site.output, args[0])
+
+    def _routed(self, site: Site, tensor: Tensor, routing: Routing) -> Tensor:
+        shape = self.samples, site.experts, self.tokens
+        return self._hooked(tensor, None, partial(self._from_routed, site, routing, shape))
+
+    def _from_routed(
+        self, site: Site, routing: Routing, shape: tuple[int, int, int], place: int, gradient: Tensor
+    ) -> None:
+        per_sample = sums_over_routed(self.watched[place], gradient, routing, shape)
+        self._add(site, "neuron_fisher", site.activated(per_sample))
 
     @torch.no_grad()
     def _from_weight(self, site: Site, model_axis: int, weight: Tensor) -> None:
