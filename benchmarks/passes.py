@@ -79,6 +79,16 @@ def pre_pass(work: Workload) -> dict[NodeKey, Tensor]:
     return mask_fisher(work.model, work.batches, work.sites, work.task).fisher
 
 
+def recompute(work: Workload) -> dict[NodeKey, Tensor]:
+    """The same with activations computed again instead of kept."""
+    return mask_fisher(work.model, work.batches, work.sites, work.task, recompute=True).fisher
+
+
+def batch_gradients(work: Workload) -> dict[NodeKey, Tensor]:
+    """The released code's estimator: one gradient per batch in place of one per sample."""
+    return mask_fisher(work.model, work.batches, work.sites, work.task, estimator="batch").fisher
+
+
 def diagonal(work: Workload, labels: Labels = "data") -> DiagonalFisher:
     """What ``compute --kind diagonal`` measures."""
     return diagonal_fisher(work.model, work.batches, work.task, labels=labels)
@@ -181,6 +191,7 @@ def spread_out(samples: list[Batch], count: int) -> list[Batch]:
 
 RUNS: Mapping[str, Callable[[Workload], object]] = {
     "pre_pass": pre_pass,
+    "recompute": recompute,
     "lower_bound": lower_bound,
     "diagonal": diagonal,
 }
@@ -227,6 +238,8 @@ def time_ways(work: Workload, singles: list[Batch], repeats: int) -> dict[str, T
     ways = {
         "pre_pass": Timed(partial(pre_pass, work), repeats),
         "lower_bound": Timed(partial(lower_bound, work), repeats),
+        "recompute": Timed(partial(recompute, work), repeats),
+        "batch_gradients": Timed(partial(batch_gradients, work), repeats),
         "explicit_masks": Timed(partial(explicit_masks, work), SLOW_REPEATS),
         "diagonal": Timed(partial(diagonal, work), SLOW_REPEATS),
         "exact_diagonal": Timed(partial(diagonal, work, "exact"), SLOW_REPEATS),

@@ -1,7 +1,6 @@
 """Experts that share their weights, run so that it is seen which expert's activation is which token's."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +30,6 @@ Watch = Callable[[Tensor, Routing], Tensor]
 def can_run(experts: nn.Module) -> bool:
     """Whether :func:`run_experts` is one of their implementations: transformers lets one choose those of such experts."""
     return hasattr(experts, "has_gate") and hasattr(experts, "_apply_gate")
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Another forward pass for a module."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def _nothing(activations: Tensor, routing: Routing) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fisher_mask_mergekit.activations import Product, product_of, sums_over_tokens
 from fisher_mask_mergekit.errors import MeasurementError
-from fisher_mask_mergekit.expert_gradients import Routing, can_run, replaced, run_experts, sums_over_routed
+from fisher_mask_mergekit.expert_gradients import Routing, can_run, run_experts, sums_over_routed
 from fisher_mask_mergekit.passes import Seen
+from fisher_mask_mergekit.recompute import layer_path, recomputed, replaced
 from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
@@ -27,6 +28,7 @@ class MaskGradients:
         sites: Its mask nodes.
         placement: Of the neuron masks.
         estimator: What is summed: squares, or squares of a batch's mean.
+        recompute: Whether layers run again in the backward pass instead of keeping their activations.
         one_by_one: Whether samples run one at a time; so they do if experts' weights are all there is to see.
         samples: B of the last forward pass; hooks keep the one they were made in.
         tokens: Of each sample, as experts are given them; likewise.
@@ -36,13 +38,16 @@ class MaskGradients:
         means: The batch's gradients so far, for the batch estimator.
         sums: Over all samples, or batches.
         seen: If not None, gets what a forward pass gives each site.
-        watched: The sites' activations in a forward pass, in the order that they ran.
+        watched: The sites' activations in a forward pass, in the order that they ran; None for what is still to
+            be computed again.
+        run_of: The layer's run that is on, if its activations are not kept.
     """
 
     model: nn.Module
     sites: tuple[Site, ...]
     placement: MaskPlacement
     estimator: Estimator
+    recompute: bool = False
     one_by_one: bool = False
     samples: int = 1
     tokens: int = 1
@@ -51,7 +56,8 @@ class MaskGradients:
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
     sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
-    watched: list[Product] = field(default_factory=list)
+    watched: list[Product | None] = field(default_factory=list)
+    run_of: "_LayerRun | None" = None
 
     def __post_init__(self) -> None:
         self.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
@@ -82,7 +88,15 @@ class MaskGradients:
                     else:
                         handle = module.register_forward_pre_hook(partial(self._before_output, site))
                     stack.callback(handle.remove)
+            if self.recompute:
+                paths = dict.fromkeys(layer_path(site.output) for site in self.sites)
+                layers = [_submodule(self.model, path) for path in paths]
+                stack.enter_context(recomputed(self.model, layers, self._layer_contexts))
             yield self
+
+    def _layer_contexts(self) -> tuple["_LayerRun", "_LayerRun"]:
+        places: list[int] = []
+        return _LayerRun(self, places, again=False), _LayerRun(self, places, again=True)
 
     def _experts(self, site: Site) -> nn.Module:
         return _submodule(self.model, site.output.rpartition(".")[0])
@@ -145,13 +159,26 @@ class MaskGradients:
             return tensor
         if not tensor.requires_grad:  # The first site: autograd starts here, not at the embeddings.
             tensor = tensor.detach().requires_grad_()
+        if self.run_of is not None and self.run_of.again:  # The hook is on what the first run gave.
+            self.watched[next(self.run_of.places)] = product_of(tensor, bias)
+            return tensor
         # What is watched may hold the graph that holds the hook: the hook itself must not hold it.
         tensor.register_hook(partial(hook, len(self.watched)))
-        self.watched.append(product_of(tensor, bias))
+        if self.run_of is not None:
+            self.run_of.noted.append(len(self.watched))
+        self.watched.append(None if self.run_of is not None else product_of(tensor, bias))
         return tensor
 
+    def _product(self, place: int) -> Product:
+        """Of a watched activation; what was computed again is so only once."""
+        product = self.watched[place]
+        assert product is not None
+        if self.recompute:
+            self.watched[place] = None
+        return product
+
     def _from_activation(self, site: Site, samples: int, place: int, gradient: Tensor) -> None:
-        per_sample = sums_over_tokens(self.watched[place], gradient, samples)
+        per_sample = sums_over_tokens(self._product(place), gradient, samples)
         if site.kind == "attention":
             heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
             self._add(site, "head_fisher", heads)
@@ -173,7 +200,7 @@ class MaskGradients:
     def _from_routed(
         self, site: Site, routing: Routing, shape: tuple[int, int, int], place: int, gradient: Tensor
     ) -> None:
-        per_sample = sums_over_routed(self.watched[place], gradient, routing, shape)
+        per_sample = sums_over_routed(self._product(place), gradient, routing, shape)
         self._add(site, "neuron_fisher", site.activated(per_sample))
 
     @torch.no_grad()
@@ -188,6 +215,29 @@ class MaskGradients:
     def _add(self, site: Site, node: Node, value: Tensor) -> None:
         key = (site.output, node)
         self.found[key] = self.found[key] + value if key in self.found else value
+
+
+@dataclass
+class _LayerRun:
+    """A layer's run, the first or the same one again: which of the watched activations are its own.
+
+    Attributes:
+        of: Whose hooks watch it.
+        noted: Their places among the watched, in the order that they are run.
+        again: Whether it is not the first.
+        places: Those that are still to come, if so.
+    """
+
+    of: MaskGradients
+    noted: list[int]
+    again: bool
+    places: Iterator[int] = field(default_factory=lambda: iter(()))
+
+    def __enter__(self) -> None:
+        self.of.run_of, self.places = self, iter(self.noted)
+
+    def __exit__(self, *error: object) -> None:
+        self.of.run_of = None
 
 
 def _wide(gradient: Tensor) -> Tensor:

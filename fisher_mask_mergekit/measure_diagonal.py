@@ -19,7 +19,7 @@ from fisher_mask_mergekit.diagonal_sidecar import (
     plan_shards,
     write_diagonal,
 )
-from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.sidecar import probe
@@ -70,9 +70,16 @@ def measure(
     model: nn.Module,
     device: torch.device,
     limits: Iterator[Limit],
+    recompute: bool,
     on_batch: Callable[[Batch], None],
 ) -> DiagonalFisher:
-    """Run the samples."""
+    """Run the samples.
+
+    Raises:
+        RecipeError: If activations are to be computed again: every module's input is needed in its turn.
+    """
+    if recompute:
+        raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
     batches = padded_batches(inputs.encoded, inputs.tokenizer, limits=limits, by_length=True, device=device)
     settings = job.settings
     return diagonal_fisher(

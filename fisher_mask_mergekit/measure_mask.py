@@ -42,6 +42,7 @@ def measure(
     model: nn.Module,
     device: torch.device,
     limits: Iterator[Limit],
+    recompute: bool,
     on_batch: Callable[[Batch], None],
 ) -> MaskFisher:
     """Run the samples."""
@@ -64,6 +65,7 @@ def measure(
         estimator=settings.estimator,
         mask_placement=settings.mask_placement,
         seed=settings.seed,
+        recompute=recompute,
         on_batch=on_batch,
     )
 

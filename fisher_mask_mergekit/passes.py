@@ -24,15 +24,27 @@ class Seen:
     """
 
     samples: int
-    ends: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    ends: dict[str, tuple["_Glimpse", "_Glimpse"] | None] = field(default_factory=dict)
 
     def add(self, place: str, tensor: Tensor) -> None:
-        """A tensor that went by. Its ends are copied: the rest may go."""
+        """A tensor that went by."""
         self.ends[place] = None
         if tensor.ndim and len(tensor) % self.samples == 0:
             each = len(tensor) // self.samples
-            first, last = tensor.detach()[:each], tensor.detach()[len(tensor) - each :]
-            self.ends[place] = first.clone(), last.clone()
+            self.ends[place] = _Glimpse.of(tensor[:each]), _Glimpse.of(tensor[len(tensor) - each :])
+
+
+@dataclass(frozen=True)
+class _Glimpse:
+    """A tensor's shape and a few thousand of its values, so that the tensor itself may go."""
+
+    shape: torch.Size
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Glimpse":
+        step = tensor.numel() // 4096 | 1  # Odd, so that not all are of one column.
+        return cls(tensor.shape, tensor.detach().reshape(-1)[::step].clone())
 
 
 class Gradients(Protocol):
@@ -240,7 +252,7 @@ def _apart(
     task: Task,
     batch: Batch,
     together: Likelihood,
-    seen: Mapping[str, tuple[Tensor, Tensor] | None],
+    seen: Mapping[str, tuple[_Glimpse, _Glimpse] | None],
 ) -> bool:
     """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
 
@@ -270,11 +282,11 @@ def _apart(
     return apart and (gradients.one_by_one or gradients.fits(task, parts[0]))
 
 
-def _is_alike(chunk: Tensor | None, alone: tuple[Tensor, Tensor] | None, eps: float) -> bool:
+def _is_alike(chunk: _Glimpse | None, alone: tuple[_Glimpse, _Glimpse] | None, eps: float) -> bool:
     """Whether what was seen of one sample by itself is what was seen of it in the batch."""
     if chunk is None or alone is None or alone[0].shape != chunk.shape:
         return False
-    if not chunk.numel():
+    if not chunk.values.numel():
         return True
-    gap, largest = (alone[0] - chunk).abs().max(), chunk.abs().max()
+    gap, largest = (alone[0].values - chunk.values).abs().max(), chunk.values.abs().max()
     return bool((gap <= eps**0.5 * max(1.0, float(largest))).item())

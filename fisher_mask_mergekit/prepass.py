@@ -74,6 +74,7 @@ def compute(
     device: torch.device,
     *,
     batch_tokens: int | None = None,
+    recompute: bool = False,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Outcome:
@@ -83,6 +84,7 @@ def compute(
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         device: Where to run.
         batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
+        recompute: Whether layers run again in the backward pass instead of keeping their activations.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
 
@@ -103,8 +105,8 @@ def compute(
     on_start(len(job.inputs.encoded.samples))
     started = time.perf_counter()
     limits = _limits(job.settings, rows, batch_tokens, device)
-    with model_errors(job.checkpoint.name, job.model_class, "--batch-tokens, a smaller max_length"):
-        measured = kind.measure(job, job.inputs, model.to(device), device, limits, on_batch)
+    with model_errors(job.checkpoint.name, job.model_class, "--batch-tokens or max_length, --recompute"):
+        measured = kind.measure(job, job.inputs, model.to(device), device, limits, recompute, on_batch)
     seconds = time.perf_counter() - started
     sidecar = kind.save(job, measured, values, _facts(job, job.inputs, measured, device))
     if measured.one_by_one and rows != 1:

@@ -496,7 +496,7 @@ def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(measure_mask, "mask_fisher", full)
-    assert f"too little memory for {model}; take a smaller --batch-tokens, a smaller max_length" in run(
+    assert f"too little memory for {model}; take a smaller --batch-tokens or max_length, --recompute, or dtype" in run(
         "compute", model, "--data", data, code=1
     ).stderr  # fmt: skip
 

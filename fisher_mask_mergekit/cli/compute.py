@@ -96,6 +96,12 @@ def compute(
         Literal["float32", "bfloat16", "float64"] | None,
         typer.Option(help="Dtype of the weights. [default: float32]"),
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Run layers a second time instead of keeping their activations: less memory."
+        ),
+    ] = False,
     device: Device = None,
     out: Annotated[
         Path | None,
@@ -148,7 +154,12 @@ def compute(
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             with progress(name) as (on_start, on_batch):
                 outcome = prepass.compute(
-                    job, where, batch_tokens=batch_tokens, on_start=on_start, on_batch=on_batch
+                    job,
+                    where,
+                    batch_tokens=batch_tokens,
+                    recompute=recompute,
+                    on_start=on_start,
+                    on_batch=on_batch,
                 )
             _report(name, outcome)
 
