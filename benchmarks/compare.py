@@ -27,10 +27,11 @@ from fisher_mask_mergekit.draft import draft_recipe
 from fisher_mask_mergekit.evaluation.plan import Merge, Options, Subject, plan_merges, subjects
 from fisher_mask_mergekit.evaluation.run import evaluate
 from fisher_mask_mergekit.evaluation.table import record as record_of
+from fisher_mask_mergekit.execution import pick_device
 from fisher_mask_mergekit.heads import is_head, short_names
 from fisher_mask_mergekit.in_memory import merge_in_memory
 from fisher_mask_mergekit.job import prepare
-from fisher_mask_mergekit.prepass import compute, pick_device
+from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Measurement, digest_of

@@ -25,8 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from fisher_mask_mergekit.execution import pick_device
 from fisher_mask_mergekit.job import prepare
-from fisher_mask_mergekit.prepass import compute, pick_device
+from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.settings import FisherSettings, Kind
 
 VOCABULARY = 30522

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from fisher_mask_mergekit.batches import encode_samples, padded_batches
+from fisher_mask_mergekit.batches import encode_samples, growing_limits, padded_batches
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
+from fisher_mask_mergekit.execution import pick_device
 from fisher_mask_mergekit.fisher import mask_fisher
-from fisher_mask_mergekit.prepass import pick_device
 from fisher_mask_mergekit.settings import FisherSettings, Labels
 from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.skeleton import sites_of
@@ -65,7 +65,7 @@ def load_workload(checkpoint: Path, data: str, samples: int, device: torch.devic
     batches = padded_batches(
         encode_samples(load_samples(settings, task), task, Tokenization(tokenizer, longest)),
         tokenizer,
-        batch_size=settings.batch_size,
+        limits=growing_limits(torch.device("cpu"), settings.rows),
         by_length=True,
         device=device,
     )
@@ -77,6 +77,16 @@ def load_workload(checkpoint: Path, data: str, samples: int, device: torch.devic
 def pre_pass(work: Workload) -> dict[NodeKey, Tensor]:
     """The thing itself."""
     return mask_fisher(work.model, work.batches, work.sites, work.task).fisher
+
+
+def recompute(work: Workload) -> dict[NodeKey, Tensor]:
+    """The same with activations computed again instead of kept."""
+    return mask_fisher(work.model, work.batches, work.sites, work.task, recompute=True).fisher
+
+
+def batch_gradients(work: Workload) -> dict[NodeKey, Tensor]:
+    """The released code's estimator: one gradient per batch in place of one per sample."""
+    return mask_fisher(work.model, work.batches, work.sites, work.task, estimator="batch").fisher
 
 
 def diagonal(work: Workload, labels: Labels = "data") -> DiagonalFisher:
@@ -181,6 +191,7 @@ def spread_out(samples: list[Batch], count: int) -> list[Batch]:
 
 RUNS: Mapping[str, Callable[[Workload], object]] = {
     "pre_pass": pre_pass,
+    "recompute": recompute,
     "lower_bound": lower_bound,
     "diagonal": diagonal,
 }
@@ -227,6 +238,8 @@ def time_ways(work: Workload, singles: list[Batch], repeats: int) -> dict[str, T
     ways = {
         "pre_pass": Timed(partial(pre_pass, work), repeats),
         "lower_bound": Timed(partial(lower_bound, work), repeats),
+        "recompute": Timed(partial(recompute, work), repeats),
+        "batch_gradients": Timed(partial(batch_gradients, work), repeats),
         "explicit_masks": Timed(partial(explicit_masks, work), SLOW_REPEATS),
         "diagonal": Timed(partial(diagonal, work), SLOW_REPEATS),
         "exact_diagonal": Timed(partial(diagonal, work, "exact"), SLOW_REPEATS),

@@ -22,11 +22,11 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from fisher_mask_mergekit import measure_mask
-from fisher_mask_mergekit.batches import padded_batches
+from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.evaluation.table import aligned
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.job import prepare
-from fisher_mask_mergekit.recompute import refuted, rounding
+from fisher_mask_mergekit.remeasure import refuted, rounding
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import NodeKey
 from fisher_mask_mergekit.skeleton import sites_in
@@ -53,7 +53,7 @@ def measure_rows(checkpoint: Path, settings: FisherSettings) -> Vectors:
         for batch in padded_batches(
             job.inputs.encoded,
             job.inputs.tokenizer,
-            batch_size=1,
+            limits=Limit(rows=1),
             by_length=False,
             device=torch.device("cpu"),
         )

@@ -107,7 +107,7 @@ def taking_turns(names: Sequence[str], rounds: Iterable[int]) -> Iterator[tuple[
 
 def memory_runs(arguments: Sequence[object], repeats: int) -> dict[str, list[dict[str, Any]]]:
     """Peak memory of the pre-pass, of its lower bound and of the full diagonal, in bytes, see ``passes.py``."""
-    names = ("pre_pass", "lower_bound", "diagonal")
+    names = ("pre_pass", "recompute", "lower_bound", "diagonal")
     order = list(taking_turns(names, range(repeats)))
     with ThreadPoolExecutor(2) as pool:  # Nothing is timed here, and memory does not mind a neighbour.
         found = list(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -10,6 +11,36 @@ from torch import Tensor
 from fisher_mask_mergekit.data import Samples
 from fisher_mask_mergekit.errors import CheckpointError, DataError
 from fisher_mask_mergekit.tasks import IGNORED, Batch, Encoded, Task, Tokenization
+
+FIRST_TOKENS = 2048
+"""Tokens of a batch if nobody says otherwise: all that a processor gains by batches; a GPU's first."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much a batch may hold. A sample that is more by itself is a batch of its own.
+
+    Attributes:
+        tokens: Tokens, padding included; None for any number.
+        rows: Samples; None for any number.
+    """
+
+    tokens: int | None = None
+    rows: int | None = None
+
+    def allows(self, rows: int, width: int) -> bool:
+        """Whether so many samples of so many tokens each are one batch."""
+        return not (self.tokens and rows * width > self.tokens) and not (self.rows and rows > self.rows)
+
+
+def growing_limits(device: torch.device, rows: int | None) -> Iterator[Limit]:
+    """From :data:`FIRST_TOKENS`, on a GPU twice as many for the next batch while as much memory is free as was used."""
+    tokens = FIRST_TOKENS
+    while True:
+        yield Limit(tokens, rows)
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            tokens *= 2 if free > torch.cuda.max_memory_reserved(device) else 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +90,7 @@ def padded_batches(
     encoded: EncodedSamples,
     tokenizer: Any,
     *,
-    batch_size: int,
+    limits: Limit | Iterator[Limit],
     by_length: bool,
     device: torch.device,
 ) -> Iterator[Batch]:
@@ -68,22 +99,35 @@ def padded_batches(
     Args:
         encoded: What to batch.
         tokenizer: The checkpoint's own.
-        batch_size: Samples per batch.
+        limits: How much a batch may hold: every one, or one after the other.
         by_length: Whether to put samples of like length together, longest first, instead of in the
             order drawn: less padding, and a lack of memory shows at once.
         device: Where the batches go.
     """
-    order = list(encoded.samples)
-    if by_length:
-        order.sort(key=lambda index: -_length(encoded.samples[index].inputs["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
+    limits = repeat(limits) if isinstance(limits, Limit) else limits
+    widths = {index: _width(sample) for index, sample in encoded.samples.items()}
+    order = sorted(widths, key=lambda index: -widths[index]) if by_length else list(widths)
+    start = 0
+    while start < len(order):
+        limit, stop, width = next(limits), start + 1, widths[order[start]]
+        while stop < len(order):
+            width = max(width, widths[order[stop]])
+            if not limit.allows(stop + 1 - start, width):
+                break
+            stop += 1
+        index, start = order[start:stop], stop
         rows = [encoded.samples[i] for i in index]
         inputs = {
             name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)
             for name in rows[0].inputs
         }
         yield Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
+
+
+def _width(sample: Encoded) -> int:
+    """How many tokens a sample is to the model; of a choice among several, all of theirs."""
+    ids = sample.inputs["input_ids"]
+    return _length(ids) * (len(ids) if isinstance(ids[0], list) else 1)
 
 
 def _filler(name: str, tokenizer: Any, rows: list[Encoded]) -> int:

@@ -58,6 +58,7 @@ class DiagonalGradients:
     _shared: set[nn.Module] = field(default_factory=set)
     _counted: list[Call] = field(default_factory=list)
     _asking: bool = False
+    _added: bool = False
 
     def __post_init__(self) -> None:
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -77,7 +78,8 @@ class DiagonalGradients:
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
-        self.samples, self._rows = len(batch.index), None
+        self.samples, self._rows, self._added = len(batch.index), None, False
+        self._arrived.clear()
         self.seen, self._calls = seen, Counter()
         return task.likelihood(self.model, batch)
 
@@ -115,6 +117,13 @@ class DiagonalGradients:
         for name in list(self._arrived):  # Of runs that the loss does not see, nothing arrives.
             self._add(name)
 
+    def keep(self) -> None:
+        """Everything was added as it came."""
+
+    def can_forget(self) -> bool:
+        """What a backward pass gave is in the sums: a copy of them would double the memory."""
+        return not self._added
+
     def end_batch(self, samples: int) -> None:
         """Nothing is kept for a whole batch."""
 
@@ -131,8 +140,8 @@ class DiagonalGradients:
         call, output = self._call(module, args, kwargs, output)
         if self.seen is not None:
             run = f"{path}, run {self._calls[names[0]]}"
-            tensors = enumerate((output, *call.tensors()))
-            self.seen |= {f"{run}, tensor {place}": tensor.detach() for place, tensor in tensors}
+            for place, tensor in enumerate((output, *call.tensors())):
+                self.seen.add(f"{run}, tensor {place}", tensor)
         self._calls.update(names)
         if torch.is_grad_enabled():
             if not output.requires_grad:
@@ -212,6 +221,8 @@ class DiagonalGradients:
         return 1.0 if self._weight is None else self._weight[sample]
 
     def _sum(self, name: str) -> Tensor:
+        """What to add to."""
+        self._added = True
         if name not in self.sums:
             parameter = self.parameters[name]
             self.sums[name] = torch.zeros_like(parameter, dtype=wide_dtype(parameter), requires_grad=False)

@@ -189,7 +189,7 @@ def _same_request(
     except SidecarError:
         return None
     # As JSON has them: its keys are texts, so a label_map of numbers comes back as one of texts.
-    asked, known = (one.model_dump(mode="json") for one in (settings, sidecar.metadata.settings))
+    asked, known = (one.definition() for one in (settings, sidecar.metadata.settings))
     if known != asked or sidecar.metadata.weights != weights:
         return None
     if isinstance(sidecar, Sidecar) and sidecar.metadata.sites != sites:  # Of another version's table.

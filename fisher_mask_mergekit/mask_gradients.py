@@ -1,15 +1,19 @@
 """Per-sample gradients of masks that are not there: hooks on the modules that they would stand before."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisher_mask_mergekit.activations import Product, product_of, sums_over_tokens
 from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.expert_gradients import Routing, can_run, run_experts, sums_over_routed
 from fisher_mask_mergekit.passes import Seen
+from fisher_mask_mergekit.recompute import layer_path, recomputed, replaced
 from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
@@ -23,26 +27,40 @@ class MaskGradients:
         model: The model.
         sites: Its mask nodes.
         placement: Of the neuron masks.
-        one_by_one: Whether samples run one at a time.
         estimator: What is summed: squares, or squares of a batch's mean.
+        recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        one_by_one: Whether samples run one at a time; so they do if experts' weights are all there is to see.
         samples: B of the last forward pass; hooks keep the one they were made in.
+        tokens: Of each sample, as experts are given them; likewise.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
-        means: Of the batch so far.
+        pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
+        means: The batch's gradients so far, for the batch estimator.
         sums: Over all samples, or batches.
         seen: If not None, gets what a forward pass gives each site.
+        watched: The sites' activations in a forward pass, in the order that they ran; None for what is still to
+            be computed again.
+        run_of: The layer's run that is on, if its activations are not kept.
     """
 
     model: nn.Module
     sites: tuple[Site, ...]
     placement: MaskPlacement
-    one_by_one: bool
     estimator: Estimator
+    recompute: bool = False
+    one_by_one: bool = False
     samples: int = 1
+    tokens: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
+    pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
     sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
+    watched: list[Product | None] = field(default_factory=list)
+    run_of: "_LayerRun | None" = None
+
+    def __post_init__(self) -> None:
+        self.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
 
     @contextmanager
     def attached(self) -> Iterator["MaskGradients"]:
@@ -51,7 +69,13 @@ class MaskGradients:
             for site in self.sites:
                 before = site.kind == "ffn" and self.placement == "pre"
                 path = site.inputs[0] if before else site.output
-                if site.experts:
+                experts = self._experts(site) if site.experts else None
+                if experts is not None and can_run(experts):
+                    watch: dict[str, Any] = {"before" if before else "after": partial(self._routed, site)}
+                    stack.enter_context(replaced(experts, partial(run_experts, experts, **watch)))
+                    handle = experts.register_forward_pre_hook(partial(self._before_experts, site))
+                    stack.callback(handle.remove)
+                elif site.experts:
                     weight = _parameter(self.model, path)
                     weight.requires_grad_(True)
                     stack.callback(weight.requires_grad_, False)
@@ -64,11 +88,25 @@ class MaskGradients:
                     else:
                         handle = module.register_forward_pre_hook(partial(self._before_output, site))
                     stack.callback(handle.remove)
+            if self.recompute:
+                paths = dict.fromkeys(layer_path(site.output) for site in self.sites)
+                layers = [_submodule(self.model, path) for path in paths]
+                stack.enter_context(recomputed(self.model, layers, self._layer_contexts))
             yield self
+
+    def _layer_contexts(self) -> tuple["_LayerRun", "_LayerRun"]:
+        places: list[int] = []
+        return _LayerRun(self, places, again=False), _LayerRun(self, places, again=True)
+
+    def _experts(self, site: Site) -> nn.Module:
+        return _submodule(self.model, site.output.rpartition(".")[0])
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
         self.samples, self.seen = len(batch.index), seen
+        if torch.is_grad_enabled():
+            self.pending.clear()
+            self.watched.clear()
         return task.likelihood(self.model, batch)
 
     def fits(self, task: Task, sample: Batch) -> bool:
@@ -80,14 +118,23 @@ class MaskGradients:
         self.one_by_one = True
 
     def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
-        """Add the squares of one backward pass; for the batch estimator, keep its gradients."""
+        """Add up the squares of one backward pass; for the batch estimator, its gradients."""
         self.found.clear()
         loss.backward(retain_graph=again)
         for key, gradient in self.found.items():
-            if self.estimator == "batch":
-                self.means[key] = self.means.get(key, 0) + _wide(gradient).sum(0)
-            else:
-                self.sums[key] = self.sums.get(key, 0) + _squared(gradient, weight)
+            total = _wide(gradient).sum(0) if self.estimator == "batch" else _squared(gradient, weight)
+            self.pending[key] = self.pending.get(key, 0) + total
+
+    def keep(self) -> None:
+        """Add what is pending to the sums; to the means for the batch estimator."""
+        totals = self.means if self.estimator == "batch" else self.sums
+        for key, total in self.pending.items():
+            totals[key] = totals.get(key, 0) + total
+        self.watched.clear()
+
+    def can_forget(self) -> bool:
+        """What is pending, always."""
+        return True
 
     def end_batch(self, samples: int) -> None:
         """Add the squared mean of the batch, if that is what the estimator squares."""
@@ -103,23 +150,35 @@ class MaskGradients:
 
     def _watch(self, site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
         if self.seen is not None:
-            self.seen[site.output] = tensor.detach()
+            self.seen.add(site.output, tensor)
+        return self._hooked(tensor, bias, partial(self._from_activation, site, self.samples))
+
+    def _hooked(self, tensor: Tensor, bias: Tensor | None, hook: Callable[[int, Tensor], None]) -> Tensor:
+        """What a hook that is told the tensor's place among the watched ones is put on."""
         if not torch.is_grad_enabled():
             return tensor
         if not tensor.requires_grad:  # The first site: autograd starts here, not at the embeddings.
             tensor = tensor.detach().requires_grad_()
-        # The hook must hold another tensor object than the one it is registered on, else the two keep
-        # each other alive.
-        tensor.register_hook(partial(self._from_activation, site, tensor.detach(), bias, self.samples))
+        if self.run_of is not None and self.run_of.again:  # The hook is on what the first run gave.
+            self.watched[next(self.run_of.places)] = product_of(tensor, bias)
+            return tensor
+        # What is watched may hold the graph that holds the hook: the hook itself must not hold it.
+        tensor.register_hook(partial(hook, len(self.watched)))
+        if self.run_of is not None:
+            self.run_of.noted.append(len(self.watched))
+        self.watched.append(None if self.run_of is not None else product_of(tensor, bias))
         return tensor
 
-    def _from_activation(
-        self, site: Site, values: Tensor, bias: Tensor | None, samples: int, gradient: Tensor
-    ) -> None:
-        wide = torch.promote_types(values.dtype, torch.float32)
-        masked = values.to(wide) if bias is None else values.to(wide) - bias.to(wide)
-        product = masked * gradient.to(wide)
-        per_sample = product.reshape(samples, -1, product.shape[-1]).sum(1)
+    def _product(self, place: int) -> Product:
+        """Of a watched activation; what was computed again is so only once."""
+        product = self.watched[place]
+        assert product is not None
+        if self.recompute:
+            self.watched[place] = None
+        return product
+
+    def _from_activation(self, site: Site, samples: int, place: int, gradient: Tensor) -> None:
+        per_sample = sums_over_tokens(self._product(place), gradient, samples)
         if site.kind == "attention":
             heads = per_sample.unflatten(-1, (site.heads, -1)).sum(-1)
             self._add(site, "head_fisher", heads)
@@ -127,6 +186,22 @@ class MaskGradients:
         else:
             # More columns than neurons: gate and up in one, before the activation.
             self._add(site, "neuron_fisher", site.activated(per_sample))
+
+    def _before_experts(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Experts' tokens must be the samples', one after the other."""
+        self.tokens = len(args[0]) // self.samples
+        if self.seen is not None:
+            self.seen.add(site.output, args[0])
+
+    def _routed(self, site: Site, tensor: Tensor, routing: Routing) -> Tensor:
+        shape = self.samples, site.experts, self.tokens
+        return self._hooked(tensor, None, partial(self._from_routed, site, routing, shape))
+
+    def _from_routed(
+        self, site: Site, routing: Routing, shape: tuple[int, int, int], place: int, gradient: Tensor
+    ) -> None:
+        per_sample = sums_over_routed(self._product(place), gradient, routing, shape)
+        self._add(site, "neuron_fisher", site.activated(per_sample))
 
     @torch.no_grad()
     def _from_weight(self, site: Site, model_axis: int, weight: Tensor) -> None:
@@ -140,6 +215,29 @@ class MaskGradients:
     def _add(self, site: Site, node: Node, value: Tensor) -> None:
         key = (site.output, node)
         self.found[key] = self.found[key] + value if key in self.found else value
+
+
+@dataclass
+class _LayerRun:
+    """A layer's run, the first or the same one again: which of the watched activations are its own.
+
+    Attributes:
+        of: Whose hooks watch it.
+        noted: Their places among the watched, in the order that they are run.
+        again: Whether it is not the first.
+        places: Those that are still to come, if so.
+    """
+
+    of: MaskGradients
+    noted: list[int]
+    again: bool
+    places: Iterator[int] = field(default_factory=lambda: iter(()))
+
+    def __enter__(self) -> None:
+        self.of.run_of, self.places = self, iter(self.noted)
+
+    def __exit__(self, *error: object) -> None:
+        self.of.run_of = None
 
 
 def _wide(gradient: Tensor) -> Tensor:

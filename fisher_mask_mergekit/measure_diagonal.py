@@ -1,13 +1,13 @@
 """The pre-pass for all parameters: the model as it must be loaded, its Fisher information, and the sidecar of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.batches import padded_batches
+from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.diagonal_sidecar import (
@@ -19,7 +19,7 @@ from fisher_mask_mergekit.diagonal_sidecar import (
     plan_shards,
     write_diagonal,
 )
-from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.recognition import probe
@@ -69,13 +69,18 @@ def measure(
     inputs: Inputs,
     model: nn.Module,
     device: torch.device,
-    batch_size: int,
+    limits: Iterator[Limit],
+    recompute: bool,
     on_batch: Callable[[Batch], None],
 ) -> DiagonalFisher:
-    """Run the samples."""
-    batches = padded_batches(
-        inputs.encoded, inputs.tokenizer, batch_size=batch_size, by_length=True, device=device
-    )
+    """Run the samples.
+
+    Raises:
+        RecipeError: If activations are to be computed again: every module's input is needed in its turn.
+    """
+    if recompute:
+        raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
+    batches = padded_batches(inputs.encoded, inputs.tokenizer, limits=limits, by_length=True, device=device)
     settings = job.settings
     return diagonal_fisher(
         model, batches, job.task, labels=settings.labels, seed=settings.seed, on_batch=on_batch

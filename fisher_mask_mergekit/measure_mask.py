@@ -1,13 +1,13 @@
 """The pre-pass for mask nodes: the model as it must be loaded, its Fisher information, and the sidecar of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.batches import padded_batches
+from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
 from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.job import Inputs, Job
@@ -42,7 +42,8 @@ def measure(
     inputs: Inputs,
     model: nn.Module,
     device: torch.device,
-    batch_size: int,
+    limits: Iterator[Limit],
+    recompute: bool,
     on_batch: Callable[[Batch], None],
 ) -> MaskFisher:
     """Run the samples."""
@@ -55,16 +56,17 @@ def measure(
         device=device,
     )
     sites = sites_in(model)  # As the model in memory is laid out, whatever the files are.
-    check_layout(model, job.task, next(iter(batched(batch_size=1))), sites)
+    check_layout(model, job.task, next(batched(limits=Limit(rows=1))), sites)
     return mask_fisher(
         model,
-        batched(batch_size=batch_size),
+        batched(limits=limits),
         sites,
         job.task,
         labels=settings.labels,
         estimator=settings.estimator,
         mask_placement=settings.mask_placement,
         seed=settings.seed,
+        recompute=recompute,
         on_batch=on_batch,
     )
 

@@ -1,8 +1,8 @@
 """Samples through a model and back, batch by batch: what every kind of Fisher information is measured in."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -12,8 +12,39 @@ from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
-Seen = dict[str, Tensor]
-"""What went through a model's modules in a forward pass, by the place where it was seen."""
+
+@dataclass
+class Seen:
+    """What went through a model's modules in a forward pass, of the batch's first and last sample.
+
+    Attributes:
+        samples: B.
+        ends: By the place where it was seen: a B-th of a tensor's rows, the first and the last; None if it has no
+            B equal parts.
+    """
+
+    samples: int
+    ends: dict[str, tuple["_Glimpse", "_Glimpse"] | None] = field(default_factory=dict)
+
+    def add(self, place: str, tensor: Tensor) -> None:
+        """A tensor that went by."""
+        self.ends[place] = None
+        if tensor.ndim and len(tensor) % self.samples == 0:
+            each = len(tensor) // self.samples
+            self.ends[place] = _Glimpse.of(tensor[:each]), _Glimpse.of(tensor[len(tensor) - each :])
+
+
+@dataclass(frozen=True)
+class _Glimpse:
+    """A tensor's shape and a few thousand of its values, so that the tensor itself may go."""
+
+    shape: torch.Size
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Glimpse":
+        step = tensor.numel() // 4096 | 1  # Odd, so that not all are of one column.
+        return cls(tensor.shape, tensor.detach().reshape(-1)[::step].clone())
 
 
 class Gradients(Protocol):
@@ -28,7 +59,10 @@ class Gradients(Protocol):
         """Whether samples must run one at a time."""
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
-        """A forward pass; it fills ``seen`` with what must hold the samples one after the other."""
+        """A forward pass; it fills ``seen`` with what must hold the samples one after the other.
+
+        What an earlier batch gave that was not kept is forgotten.
+        """
 
     def fits(self, task: Task, sample: Batch) -> bool:
         """Whether batches can be measured, as far as one sample tells."""
@@ -44,6 +78,12 @@ class Gradients(Protocol):
             weight: What each sample's squared gradient is multiplied by.
             again: Whether another backward pass of the same forward pass follows.
         """
+
+    def keep(self) -> None:
+        """What the backward passes since the forward pass gave counts."""
+
+    def can_forget(self) -> bool:
+        """Whether what they gave can still be forgotten."""
 
     def end_batch(self, samples: int) -> None:
         """A whole batch has run."""
@@ -76,41 +116,95 @@ def run_samples(
     """One forward pass per batch and one backward pass per outcome that the labels ask for.
 
     The first batch of more than one sample, and the first that is padded, decide whether the samples lie
-    apart in it; else they run one at a time from then on.
+    apart in it; else they run one at a time from then on. A batch that does not fit into memory runs in halves,
+    and so does what is as large from then on.
 
     Raises:
         MeasurementError: If there is no sample, a loss is not finite, or a sample gives something else by
             itself than in its batch.
+        torch.OutOfMemoryError: If there is no memory for a single sample.
     """
-    totals, checked, checked_padded = Totals(), 0, False
+    run = _Run(gradients, task, labels, seed)
     for batch in batches:
-        parts = list(batch.split()) if gradients.one_by_one else [batch]
+        parts = [batch]
         while parts:
             part = parts.pop(0)
-            several = len(part.index) > 1
-            padded = several and not checked_padded and _is_padded(part)
-            seen: Seen | None = {} if checked == 0 or (checked == 1 and several) or padded else None
-            likelihood = gradients.run(task, part, seen)
-            if seen is not None:
-                apart = _apart(gradients, task, part, likelihood, seen)
-                checked, checked_padded = len(part.index), checked_padded or padded
-                if not apart and not gradients.one_by_one:
-                    del likelihood, seen
-                    gradients.separate()
-                    parts, checked = list(part.split()), 0
-                    continue
-            losses = likelihood.losses().detach()
-            _check_losses(losses, part)
-            for outcomes, weight in _outcomes(likelihood, labels, seed):
-                gradients.backward(likelihood.losses(outcomes).sum(), weight, again=labels == "exact")
-            totals.samples += len(losses)
-            totals.loss += float(losses.double().sum())
-            totals.correct += float(likelihood.correct().sum())
+            if gradients.one_by_one and len(part.index) > 1:
+                parts = [*part.split(), *parts]
+            elif run.is_too_large(part):
+                parts = [*part.halves(), *parts]
+            else:
+                parts = [*run.attempt(part), *parts]
         gradients.end_batch(len(batch.index))
         on_batch(batch)
-    if totals.samples == 0:
+    if run.totals.samples == 0:
         raise MeasurementError("there is no sample to measure on")
-    return totals
+    return run.totals
+
+
+@dataclass
+class _Run:
+    """The samples that have run.
+
+    Attributes:
+        checked: Samples of the batch that was looked into: whether they lie apart.
+        checked_padded: Whether one was padded.
+        too_large: The size of the smallest batch that did not fit into memory.
+    """
+
+    gradients: Gradients
+    task: Task
+    labels: Labels
+    seed: int
+    totals: Totals = field(default_factory=Totals)
+    checked: int = 0
+    checked_padded: bool = False
+    too_large: int | None = None
+
+    def is_too_large(self, batch: Batch) -> bool:
+        """Whether one of no more than this size did not fit."""
+        return len(batch.index) > 1 and self.too_large is not None and batch.size >= self.too_large
+
+    def attempt(self, batch: Batch) -> Sequence[Batch]:
+        """Run samples. Returns what is left to run: all of them where not all ran."""
+        try:
+            return () if self._run(batch) else (batch,)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch.index) == 1 or not self.gradients.can_forget():
+                raise
+            self.too_large = batch.size
+        return batch.halves()
+
+    def _run(self, batch: Batch) -> bool:
+        """Run samples, unless they turn out not to lie apart."""
+        several = len(batch.index) > 1
+        padded = several and not self.checked_padded and _is_padded(batch)
+        check = self.checked == 0 or (self.checked == 1 and several) or padded
+        seen = Seen(len(batch.index)) if check else None
+        likelihood = self.gradients.run(self.task, batch, seen)
+        if seen is not None:
+            apart = _apart(self.gradients, self.task, batch, likelihood, seen.ends)
+            self.checked, self.checked_padded = len(batch.index), self.checked_padded or padded
+            if not apart and not self.gradients.one_by_one:
+                self.gradients.separate()
+                self.checked = 0
+                return False
+        losses = likelihood.losses().detach()
+        _check_losses(losses, batch)
+        for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
+            self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
+        correct = float(likelihood.correct().sum())
+        self.gradients.keep()
+        self.totals.samples += len(losses)
+        self.totals.loss += float(losses.double().sum())
+        self.totals.correct += correct
+        return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left; a processor's allocator and MPS raise no error of their own for it."""
+    told = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
 
 
 def _is_padded(batch: Batch) -> bool:
@@ -153,7 +247,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood, seen: Seen) -> bool:
+def _apart(
+    gradients: Gradients,
+    task: Task,
+    batch: Batch,
+    together: Likelihood,
+    seen: Mapping[str, tuple[_Glimpse, _Glimpse] | None],
+) -> bool:
     """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
 
     Returns:
@@ -166,7 +266,7 @@ def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood,
     apart = True
     parts = list(batch.split())
     for position in {0, len(parts) - 1}:
-        single: Seen = {}
+        single = Seen(1)
         with torch.no_grad():
             alone = gradients.run(task, parts[position], single).outputs(0)
             expected = together.outputs(position)
@@ -176,20 +276,17 @@ def _apart(gradients: Gradients, task: Task, batch: Batch, together: Likelihood,
                     f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
                     "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
                 )
-            apart &= single.keys() <= seen.keys()
-            for place, whole in seen.items():
-                apart &= _is_chunk(whole, single.get(place), position, len(parts), eps)
+            apart &= single.ends.keys() <= seen.keys()
+            for place, ends in seen.items():
+                apart &= _is_alike(ends and ends[position > 0], single.ends.get(place), eps)
     return apart and (gradients.one_by_one or gradients.fits(task, parts[0]))
 
 
-def _is_chunk(whole: Tensor, alone: Tensor | None, position: int, samples: int, eps: float) -> bool:
-    """Whether what was seen of one sample is the batch's, cut along the first axis."""
-    if alone is None or not whole.ndim or whole.shape[0] % samples:
+def _is_alike(chunk: _Glimpse | None, alone: tuple[_Glimpse, _Glimpse] | None, eps: float) -> bool:
+    """Whether what was seen of one sample by itself is what was seen of it in the batch."""
+    if chunk is None or alone is None or alone[0].shape != chunk.shape:
         return False
-    chunk = whole.chunk(samples)[position] if whole.shape[0] else whole
-    if alone.shape != chunk.shape:
-        return False
-    if not chunk.numel():
+    if not chunk.values.numel():
         return True
-    gap, largest = (alone - chunk).abs().max(), chunk.abs().max()
+    gap, largest = (alone[0].values - chunk.values).abs().max(), chunk.values.abs().max()
     return bool((gap <= eps**0.5 * max(1.0, float(largest))).item())

@@ -3,8 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,14 +18,8 @@ from fisher_mask_mergekit import measure_diagonal, measure_mask, store
 from fisher_mask_mergekit.batches import lacks_for_padding
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
-from fisher_mask_mergekit.errors import (
-    CheckpointError,
-    FisherMaskError,
-    MeasurementError,
-    RecipeError,
-    SidecarError,
-    first_line,
-)
+from fisher_mask_mergekit.errors import CheckpointError, SidecarError
+from fisher_mask_mergekit.execution import batch_limits, model_errors
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile
 from fisher_mask_mergekit.sidecar import Measurement, read
@@ -51,79 +45,6 @@ class Outcome:
     notes: tuple[str, ...]
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device to measure on: the one asked for, else cuda, else xpu, mps, cpu.
-
-    Raises:
-        RecipeError: If torch does not know it, or it is not there.
-    """
-    if name is not None:
-        try:
-            torch.ones(1, device=name).item()
-            return torch.device(name)
-        except (RuntimeError, AssertionError) as error:  # Not a device, not there, or "meta".
-            raise RecipeError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
-    for kind in ("cuda", "xpu", "mps"):
-        if (torch.backends.mps if kind == "mps" else getattr(torch, kind)).is_available():
-            return torch.device(kind)
-    return torch.device("cpu")
-
-
-def compute(
-    job: Job,
-    device: torch.device,
-    *,
-    on_wait: Callable[[], None] = lambda: None,
-    on_start: Callable[[int], None] = lambda samples: None,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
-) -> Outcome:
-    """Measure a checkpoint and write its sidecar, unless the same request was measured before, or is meanwhile.
-
-    Of several processes with one target, one measures at a time.
-
-    Args:
-        job: What :func:`~fisher_mask_mergekit.job.prepare` found.
-        device: Where to run.
-        on_wait: Called before waiting for another process.
-        on_start: Called with the number of samples before the first batch.
-        on_batch: Called after every batch.
-
-    Raises:
-        FisherMaskError: On bad input, or if the checkpoint changes; nothing is written then.
-    """
-    if job.served is not None:
-        store.clear_away(Path(job.served.source))
-        return _served(job, job.served)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(store.alone(job.target, on_wait))
-        except OSError as error:
-            raise SidecarError(
-                f"cannot write {job.target}: {error.strerror or error}; nothing was measured"
-            ) from error
-        if (found := measured_meanwhile(job)) is not None:
-            return _served(job, found)
-        return _measure(job, device, on_start, on_batch)
-
-
-def _served(job: Job, sidecar: AnySidecar) -> Outcome:
-    path = Path(sidecar.source)
-    return Outcome(sidecar, path, 0.0, True, tuple(_notes(job, sidecar.metadata, path)))
-
-
-def _measure(
-    job: Job, device: torch.device, on_start: Callable[[int], None], on_batch: Callable[[Batch], None]
-) -> Outcome:
-    assert job.inputs is not None
-    replaced = _replaced(job)
-    found = measure(job, job.inputs, device, on_start=on_start, on_batch=on_batch)
-    _check_unchanged(job)
-    facts = _facts(job, job.inputs, found.fisher, device)
-    sidecar = _kind(job).save(job, found.fisher, found.values, facts)
-    notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
-    return Outcome(sidecar, job.target, found.seconds, False, notes)
-
-
 @dataclass(frozen=True)
 class Measured:
     """What :func:`measure` found.
@@ -141,11 +62,74 @@ class Measured:
     notes: tuple[str, ...]
 
 
+def compute(
+    job: Job,
+    device: torch.device,
+    *,
+    batch_tokens: int | None = None,
+    recompute: bool = False,
+    on_wait: Callable[[], None] = lambda: None,
+    on_start: Callable[[int], None] = lambda samples: None,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> Outcome:
+    """Measure a checkpoint and write its sidecar, unless the same request was measured before, or is meanwhile.
+
+    Of several processes with one target, one measures at a time.
+
+    Args:
+        job: What :func:`~fisher_mask_mergekit.job.prepare` found.
+        device: Where to run.
+        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
+        recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        on_wait: Called before waiting for another process.
+        on_start: Called with the number of samples before the first batch.
+        on_batch: Called after every batch.
+
+    Raises:
+        FisherMaskError: On bad input, or if the checkpoint changes; nothing is written then.
+    """
+    if job.served is not None:
+        store.clear_away(Path(job.served.source))
+        return _served(job, job.served)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(store.alone(job.target, on_wait))
+        except OSError as error:
+            raise SidecarError(
+                f"cannot write {job.target}: {error.strerror or error}; nothing was measured"
+            ) from error
+        if (other := measured_meanwhile(job)) is not None:
+            return _served(job, other)
+        assert job.inputs is not None
+        replaced = _replaced(job)
+        found = measure(
+            job, job.inputs, device,
+            batch_tokens=batch_tokens, recompute=recompute, on_start=on_start, on_batch=on_batch,
+        )  # fmt: skip
+        return _save(job, found, device, replaced)
+
+
+def _served(job: Job, sidecar: AnySidecar) -> Outcome:
+    path = Path(sidecar.source)
+    return Outcome(sidecar, path, 0.0, True, tuple(_notes(job, sidecar.metadata, path)))
+
+
+def _save(job: Job, found: Measured, device: torch.device, replaced: list[str]) -> Outcome:
+    assert job.inputs is not None
+    _check_unchanged(job)
+    facts = _facts(job, job.inputs, found.fisher, device)
+    sidecar = _kind(job).save(job, found.fisher, found.values, facts)
+    notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
+    return Outcome(sidecar, job.target, found.seconds, False, notes)
+
+
 def measure(
     job: Job,
     inputs: Inputs,
     device: torch.device,
     *,
+    batch_tokens: int | None = None,
+    recompute: bool = False,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Measured:
@@ -155,6 +139,8 @@ def measure(
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         inputs: Its samples, or some of them.
         device: Where to run.
+        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
+        recompute: Whether layers run again in the backward pass instead of keeping their activations.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
 
@@ -163,16 +149,17 @@ def measure(
     """
     kind = _kind(job)
     model, values = kind.load(job, inputs)
-    batch_size, notes = job.settings.batch_size, []
+    rows, notes = job.settings.rows, []
     if lacking := lacks_for_padding(inputs.tokenizer):
-        batch_size = 1
+        rows = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
     on_start(len(inputs.encoded.samples))
     started = time.perf_counter()
-    with model_errors(job.checkpoint.name, job.model_class, batch_size):
-        fisher = kind.measure(job, inputs, model.to(device), device, batch_size, on_batch)
+    limits = batch_limits(job.settings, rows, batch_tokens, device)
+    with model_errors(job.checkpoint.name, job.model_class, "--batch-tokens or max_length, --recompute"):
+        fisher = kind.measure(job, inputs, model.to(device), device, limits, recompute, on_batch)
     seconds = time.perf_counter() - started
-    if fisher.one_by_one and batch_size > 1:
+    if fisher.one_by_one and rows != 1:
         notes.append(
             f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
         )
@@ -197,10 +184,10 @@ def _check_unchanged(job: Job) -> None:
 def _replaced(job: Job) -> list[str]:
     """That an earlier measurement with other settings goes, and which settings those are."""
     try:
-        earlier = read(job.target).metadata.settings.model_dump(mode="json")
+        earlier = read(job.target).metadata.settings.definition()
     except SidecarError:
         return []
-    now = job.settings.model_dump(mode="json")
+    now = job.settings.definition()
     other = [f"{name} {earlier[name]!r}" for name in now if earlier[name] != now[name]]
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
@@ -271,21 +258,3 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
 def _versions() -> dict[str, str]:
     libraries = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")
     return {library: version(library) for library in libraries} | {"python": platform.python_version()}
-
-
-@contextmanager
-def model_errors(name: str, kind: Any, batch_size: int) -> Iterator[None]:
-    """Turn what a model says of its inputs into one error."""
-    try:
-        yield
-    except FisherMaskError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise MeasurementError(
-            f"the device has too little memory for batches of {batch_size}; take a smaller batch_size, or dtype bfloat16"
-        ) from error
-    except Exception as error:  # Whatever the architecture's code raises.
-        raise MeasurementError(
-            f"{name} ({kind.__name__}) cannot be run on these samples: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error

@@ -21,6 +21,9 @@ Loss = Literal["mean", "sum"]
 Estimator = Literal["sample", "batch"]
 MaskPlacement = Literal["post", "pre"]
 Labels = Literal["data", "sampled", "exact"]
+RELEASED_BATCH = 32
+"""Samples per batch in the paper's released code."""
+
 WeightDtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -50,7 +53,8 @@ class FisherSettings(_Settings):
         label: Column of what it is to predict; found by convention if not given.
         label_map: The data's label (name or index) to the checkpoint's (name or index).
         max_length: Tokens per sample at most; the checkpoint's own limit, at most 512, if not given.
-        batch_size: Samples per batch. Part of the definition with ``estimator: batch``, else only of speed.
+        batch_size: Samples per batch: with ``estimator: batch`` part of the definition, and 32 if not given; else
+            at most so many, which only matters for speed and memory.
         estimator: ``sample``, squares of per-sample gradients, mean over samples (eq. 4); or ``batch``,
             squares of the gradient of each batch's mean loss, summed over batches (the released code).
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
@@ -68,12 +72,21 @@ class FisherSettings(_Settings):
     label: str | None = None
     label_map: dict[str | int, str | int] | None = None
     max_length: int | None = Field(default=None, ge=2)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     estimator: Estimator = "sample"
     mask_placement: MaskPlacement = "post"
     labels: Labels = "data"
     dtype: WeightDtype = "float32"
     kind: Kind = "mask"
+
+    @property
+    def rows(self) -> int | None:
+        """Samples per batch at most, None for any number."""
+        return self.batch_size or (RELEASED_BATCH if self.estimator == "batch" else None)
+
+    def definition(self) -> dict[str, Any]:
+        """What the numbers depend on, as JSON has it: everything, but batches only where they are squared."""
+        return self.model_dump(mode="json") | {"batch_size": self.rows if self.estimator == "batch" else None}
 
     @model_validator(mode="after")
     def _combinable(self) -> "FisherSettings":

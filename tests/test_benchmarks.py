@@ -12,6 +12,9 @@ from tests import tiny
 SPEED = Path(__file__).parent.parent / "benchmarks" / "speed.py"
 ROWS = {
     "pre_pass_over_lower_bound",
+    "recompute_over_lower_bound",
+    "pre_pass_over_batch_gradients",
+    "recompute_memory_over_lower_bound",
     "explicit_masks_over_pre_pass",
     "disagreement_with_explicit_masks",
     "full_fisher_over_pre_pass",

@@ -104,8 +104,9 @@ def test_variants_differ_and_each_is_named(model: Path, data: Path, tmp_path: Pa
         assert other.metadata.settings != plain.metadata.settings
         with pytest.raises(AssertionError):
             assert_close(dict(other.fisher[output]), dict(plain.fisher[output]), rtol=1e-3, atol=0)
-    other = measured("--batch-size", "5")
-    assert_close(dict(other.fisher[output]), dict(plain.fisher[output]), rtol=1e-4, atol=0)
+    for options in (("--batch-size", "5"), ("--batch-tokens", "20")):
+        other = measured(*options)
+        assert_close(dict(other.fisher[output]), dict(plain.fisher[output]), rtol=1e-4, atol=0)
 
 
 def test_the_same_request_is_served_and_another_or_force_or_a_change_measures_anew(
@@ -122,6 +123,12 @@ def test_the_same_request_is_served_and_another_or_force_or_a_change_measures_an
     assert again("--seed", "1", "--label-map", "0=0,1=1")
     assert not again("--seed", "1")
     assert not again("--seed", "1", "--force")
+    assert again("--seed", "1", "--batch-size", "5")
+    assert again("--seed", "1", "--batch-tokens", "50")
+    assert not again("--seed", "1", "--estimator", "batch")
+    assert again("--seed", "1", "--estimator", "batch", "--batch-size", "32")
+    assert not again("--seed", "1", "--estimator", "batch", "--batch-size", "5")
+    assert not again("--seed", "1")
     tiny.write_data(data, seed=5)
     assert not again("--seed", "1")
     tiny.checkpoint(model, seed=9)
@@ -489,7 +496,7 @@ def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(measure_mask, "mask_fisher", full)
-    assert "too little memory for batches of 32; take a smaller batch_size" in run(
+    assert f"too little memory for {model}; take a smaller --batch-tokens or max_length, --recompute, or dtype" in run(
         "compute", model, "--data", data, code=1
     ).stderr  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.batches import encode_samples, lacks_for_padding, padded_batches
+from fisher_mask_mergekit.batches import Limit, encode_samples, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec
 from fisher_mask_mergekit.errors import CheckpointError, DataError
@@ -241,7 +241,9 @@ def batches(
     tokenizer.padding_side = "left"
     encoded = encode_samples(samples, task, Tokenization(tokenizer, max_length))
     return list(
-        padded_batches(encoded, tokenizer, batch_size=size, by_length=by_length, device=torch.device("cpu"))
+        padded_batches(
+            encoded, tokenizer, limits=Limit(rows=size), by_length=by_length, device=torch.device("cpu")
+        )
     )
 
 
@@ -287,7 +289,7 @@ def test_inputs_that_cannot_be_padded_are_an_error(tmp_path: Path) -> None:
     ):
         list(
             padded_batches(
-                encoded, tiny.tokenizer(), batch_size=2, by_length=True, device=torch.device("cpu")
+                encoded, tiny.tokenizer(), limits=Limit(rows=2), by_length=True, device=torch.device("cpu")
             )
         )
 

@@ -104,6 +104,27 @@ def test_batch_size_order_padding_and_doubling_change_nothing(architecture: str)
         assert_same(diagonal_fisher(model, variant, tiny.TASK).fisher, wanted)
 
 
+def test_a_batch_that_does_not_fit_into_memory_runs_in_halves_while_nothing_of_it_was_added() -> None:
+    model = tiny.classifier("bert").double()
+
+    def full(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("no memory")
+
+    handle = model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(full)
+    got = measure(model, size=7)
+    handle.remove()
+    assert_same(got.fisher, naive(model))
+
+    def late(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if len(output) > 2 and output.requires_grad:
+            output.register_hook(lambda gradient: full(module, (gradient,)))
+
+    model.bert.encoder.layer[0].intermediate.register_forward_hook(late)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        measure(model, size=7)
+
+
 def family_named(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 

@@ -1,5 +1,6 @@
 """Experts that share one tensor in memory and have tensors of their own in the checkpoint's files."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
+from fisher_mask_mergekit.expert_gradients import can_run, run_experts
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
@@ -16,11 +18,12 @@ from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import row_fisher
 from tests import tiny
-from tests.families import FAMILIES, build, sibling
-from tests.test_architectures import TASK, batches, model_of
+from tests.families import FAMILIES, Family, build, sibling
+from tests.test_architectures import TASK, WITH_EXPERTS, batches, model_of
 from tests.test_end_to_end import quickly, weights_of
 
 MIXTRAL = next(family for family in FAMILIES if family.name == "mixtral")
+ONE_BY_ONE = {"llama4"}
 FUSED = "model.layers.1.mlp.experts.gate_up_proj"
 
 
@@ -51,12 +54,29 @@ def test_an_expert_that_no_token_reached_has_zero() -> None:
         assert bool((fisher[expert] == 0).all()) == (expert not in reached[0])
 
 
-def test_samples_run_one_at_a_time_whatever_the_batch() -> None:
-    model, sites = model_of(MIXTRAL)
-    together = mask_fisher(model, batches(MIXTRAL, (4,)), sites, TASK)
-    assert together.one_by_one
-    alone = mask_fisher(model, batches(MIXTRAL, (1,) * 4), sites, TASK)
-    assert_close(together.fisher, alone.fisher, rtol=1e-4, atol=1e-12)
+@pytest.mark.parametrize("family", WITH_EXPERTS, ids=str)
+def test_samples_run_in_batches_wherever_transformers_lets_one_choose_how_experts_run(family: Family) -> None:
+    model, sites = model_of(family)
+    # Images in patches have no batch axis.
+    sizes = (1,) * 3 if family.inputs == "text and patches" else (3,)
+    got = mask_fisher(model, batches(family, sizes), sites, TASK)
+    assert got.one_by_one == (family.name in ONE_BY_ONE)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS, ids=str)
+def test_experts_run_here_give_what_transformers_runs_give(family: Family) -> None:
+    model = build(family).double()
+    if family.name in ONE_BY_ONE:
+        pytest.skip("one sample at a time")
+    model.set_experts_implementation("eager")
+    (batch,) = batches(family, (3,))
+    wanted = model(**batch.inputs)[0]
+    for module in model.modules():
+        if can_run(module):
+            module.forward = partial(run_experts, module)
+    got = model(**batch.inputs)[0]
+    assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_governed_tensor_is_known_under_both_its_names(tmp_path: Path) -> None:

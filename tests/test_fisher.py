@@ -129,6 +129,71 @@ def test_batch_estimator_squares_the_gradient_of_each_batchs_mean_loss() -> None
     assert_same(mask_fisher(model, tiny.batches(drawn, 4), sites, tiny.TASK, estimator="batch"), wanted)
 
 
+@pytest.mark.parametrize("labels", ["data", "exact"])
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_batches_that_do_not_fit_into_memory_run_in_halves_and_every_sample_counts_once(
+    moment: str, labels: Any
+) -> None:
+    model = tiny.classifier("bert").double()
+    sites, drawn = tiny.sites_of(model), tiny.samples(8)
+    wanted = mask_fisher(model, tiny.batches(drawn, 1), sites, tiny.TASK, labels=labels)
+    tried: list[int] = []
+
+    def full(tensor: Tensor, passes: int) -> None:
+        tried.append(len(tensor))
+        # With exact labels, not before the second of a batch's three backward passes.
+        if len(tensor) > 2 and tried[-passes:] == [len(tensor)] * passes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def watch(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if moment == "forward":
+            full(output, 1)
+        elif output.requires_grad:
+            output.register_hook(lambda gradient: full(gradient, 2 if labels == "exact" else 1))
+
+    model.bert.encoder.layer[0].intermediate.register_forward_hook(watch)
+    seen: list[int] = []
+    got = mask_fisher(
+        model, tiny.batches(drawn, 8), sites, tiny.TASK, labels=labels, on_batch=lambda batch: seen.append(len(batch.index))
+    )  # fmt: skip
+    assert {8, 4} <= set(tried)
+    assert seen == [8]
+    assert_same(got, wanted.fisher)
+    assert (got.samples, got.loss) == (8, pytest.approx(wanted.loss))
+
+
+def test_what_did_not_fit_once_is_not_tried_again() -> None:
+    model = tiny.classifier("bert").double()
+    sites, drawn = tiny.sites_of(model), [(torch.arange(5, 12), 0)] * 12
+    tried: list[int] = []
+
+    def full(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tried.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+            )
+
+    model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(full)
+    got = mask_fisher(model, tiny.batches(drawn, 4), sites, tiny.TASK, estimator="batch")
+    assert [size for size in tried if size > 1] == [4, 2, 2, 2, 2, 2, 2]
+    model.bert.encoder.layer[0].intermediate._forward_pre_hooks.clear()
+    assert_same(got, mask_fisher(model, tiny.batches(drawn, 4), sites, tiny.TASK, estimator="batch").fisher)
+
+
+def test_no_memory_for_a_single_sample_and_other_errors_of_a_model_are_errors() -> None:
+    model = tiny.classifier("bert")
+    sites, drawn = tiny.sites_of(model), tiny.samples(4)
+
+    def fail(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise error
+
+    model.bert.encoder.layer[0].intermediate.register_forward_pre_hook(fail)
+    for error in (torch.OutOfMemoryError("no memory"), RuntimeError("shapes do not fit")):
+        with pytest.raises(type(error), match=str(error)):
+            mask_fisher(model, tiny.batches(drawn, 4), sites, tiny.TASK)
+
+
 def test_float32_and_bfloat16_weights_agree_with_float64() -> None:
     drawn = tiny.samples()
     model = tiny.classifier("bert").double()

@@ -16,7 +16,7 @@ from fisher_mask_mergekit import store
 from fisher_mask_mergekit.diagonal_sidecar import DiagonalMetadata, read_diagonal, write_diagonal
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
-from fisher_mask_mergekit.recompute import refuted, rounding
+from fisher_mask_mergekit.remeasure import refuted, rounding
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from tests import tiny

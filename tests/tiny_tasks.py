@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers import BertForPreTraining as BertWithTwoHeads
 
-from fisher_mask_mergekit.batches import EncodedSamples, padded_batches
+from fisher_mask_mergekit.batches import EncodedSamples, Limit, padded_batches
 from fisher_mask_mergekit.tasks import IGNORED, Batch, Encoded
 from tests import tiny
 
@@ -168,7 +168,7 @@ def batches(
     order = order or list(range(len(encoded)))
     drawn = EncodedSamples({index: encoded[index] for index in order}, 0, 0)
     made = padded_batches(
-        drawn, tiny.tokenizer(), batch_size=size, by_length=False, device=torch.device("cpu")
+        drawn, tiny.tokenizer(), limits=Limit(rows=size), by_length=False, device=torch.device("cpu")
     )
     return [_left(batch) if left else batch for batch in made]
 

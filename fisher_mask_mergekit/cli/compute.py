@@ -69,7 +69,17 @@ def compute(
         int | None,
         typer.Option(help="Tokens per sample at most. [default: the checkpoint's limit, at most 512]"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per batch. [default: 32]")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples per batch at most. [default: any number; 32 with estimator batch]"),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per batch at most, padding included. [default: 2048, on a GPU as many as fit]",
+        ),
+    ] = None,
     estimator: Annotated[
         Literal["sample", "batch"] | None,
         typer.Option(
@@ -90,6 +100,12 @@ def compute(
         Literal["float32", "bfloat16", "float64"] | None,
         typer.Option(help="Dtype of the weights. [default: float32]"),
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option(
+            "--recompute", help="Run layers a second time instead of keeping their activations: less memory."
+        ),
+    ] = False,
     device: Device = None,
     out: Annotated[
         Path | None,
@@ -126,10 +142,11 @@ def compute(
         overrides = {name: value for name, value in given.items() if value is not None}
         wanted = list(_requests(target, overrides, out))
         from fisher_mask_mergekit import prepass
+        from fisher_mask_mergekit.execution import pick_device
         from fisher_mask_mergekit.job import prepare
 
         silence_progress_bars()
-        where = prepass.pick_device(device)
+        where = pick_device(device)
         # All that can be wrong is found before the first is measured.
         jobs = [
             prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
@@ -145,6 +162,8 @@ def compute(
                 outcome = prepass.compute(
                     job,
                     where,
+                    batch_tokens=batch_tokens,
+                    recompute=recompute,
                     on_wait=partial(
                         say, f"{name}: waiting for another process that measures into {job.target}"
                     ),

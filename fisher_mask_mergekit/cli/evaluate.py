@@ -54,7 +54,7 @@ def evaluate(
     with errors():
         from fisher_mask_mergekit.evaluation.plan import Options
         from fisher_mask_mergekit.evaluation.report import write_reports
-        from fisher_mask_mergekit.prepass import pick_device
+        from fisher_mask_mergekit.execution import pick_device
         from fisher_mask_mergekit.recipe import read_recipe
         from fisher_mask_mergekit.store import check_writable, write_result
 

@@ -46,7 +46,7 @@ def tune(
     """Search for a recipe's weights and normalize, on training rows that were not measured on."""
     with errors():
         from fisher_mask_mergekit.evaluation.plan import Options
-        from fisher_mask_mergekit.prepass import pick_device
+        from fisher_mask_mergekit.execution import pick_device
         from fisher_mask_mergekit.recipe import read_recipe
         from fisher_mask_mergekit.tuning.tune import claimed, prepare, run
 

@@ -74,8 +74,8 @@ def _checks(
     trust_remote_code: bool,
 ) -> Iterator["Check"]:
     from fisher_mask_mergekit import verify
-    from fisher_mask_mergekit.prepass import pick_device
-    from fisher_mask_mergekit.recompute import recompute
+    from fisher_mask_mergekit.execution import pick_device
+    from fisher_mask_mergekit.remeasure import remeasure
 
     sidecar, folder = verify.find(target)
     name = model or folder
@@ -93,7 +93,7 @@ def _checks(
         yield verify.Check("numbers", "not checked", "this checkpoint's would be others")
         return
     with progress(name) as (on_start, on_batch):
-        yield from recompute(
+        yield from remeasure(
             sidecar, name, count, pick_device(device),
             data=data, trust_remote_code=trust_remote_code, on_start=on_start, on_batch=on_batch,
         )  # fmt: skip

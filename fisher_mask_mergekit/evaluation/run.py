@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit.batches import encode_samples, lacks_for_padding, padded_batches
+from fisher_mask_mergekit.batches import Limit, encode_samples, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import Checkpoint, read_tensors, side_files, tensor_shapes
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.evaluation.plan import Contender, Options, Plan, Subject
@@ -24,8 +24,8 @@ from fisher_mask_mergekit.evaluation.predictions import (
     save_predictions,
 )
 from fisher_mask_mergekit.evaluation.scores import Results, score_task
+from fisher_mask_mergekit.execution import model_errors
 from fisher_mask_mergekit.loading import load_model, load_tokenizer, longest
-from fisher_mask_mergekit.prepass import model_errors
 from fisher_mask_mergekit.store import alone, cache_folder
 from fisher_mask_mergekit.tasks import Tokenization
 
@@ -135,8 +135,8 @@ def run_contender(
     size = 1 if lacks_for_padding(tokenizer) else options.batch_size
     on_start(len(encoded.samples))
     samples = list(zip(subject.samples.texts, subject.samples.labels, strict=True))
-    with model_errors(checkpoint.name, contender.kind, size):
-        batches = padded_batches(encoded, tokenizer, batch_size=size, by_length=True, device=device)
+    with model_errors(checkpoint.name, contender.kind, "--batch-size"):
+        batches = padded_batches(encoded, tokenizer, limits=Limit(rows=size), by_length=True, device=device)
         return predict(
             model.to(device).eval(), task, batches, samples, truncated=encoded.truncated, on_batch=on_batch
         )

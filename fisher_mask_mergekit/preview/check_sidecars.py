@@ -143,7 +143,7 @@ def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar) -> Iterator[
     """Whether the recipe asks for another measurement by now."""
     if model.settings is None:
         return
-    asked, was = model.settings.model_dump(), sidecar.metadata.settings.model_dump()
+    asked, was = model.settings.definition(), sidecar.metadata.settings.definition()
     other = [f"{name} {was[name]!r}, not {value!r}" for name, value in asked.items() if was[name] != value]
     if other:
         detail = f"'{sidecar.source}' was measured with {', '.join(other)}"

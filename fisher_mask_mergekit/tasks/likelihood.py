@@ -31,12 +31,25 @@ class Batch:
 
     def split(self) -> Iterator["Batch"]:
         """The same samples as batches of one."""
-        if len(self.index) == 1:
+        if len(self.index) == 1:  # Images in patches are given with no batch axis, one sample at a time.
             yield self
             return
-        for row, index in enumerate(self.index):
-            inputs = {name: tensor[row : row + 1] for name, tensor in self.inputs.items()}
-            yield Batch(inputs, self.labels[row : row + 1], (index,))
+        for row in range(len(self.index)):
+            yield self._rows(row, row + 1)
+
+    @property
+    def size(self) -> int:
+        """How many elements its largest input has: tokens, padding included."""
+        return max(tensor.numel() for tensor in self.inputs.values())
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """The same samples as two batches."""
+        middle = len(self.index) // 2
+        return self._rows(0, middle), self._rows(middle, len(self.index))
+
+    def _rows(self, start: int, stop: int) -> "Batch":
+        inputs = {name: tensor[start:stop] for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels[start:stop], self.index[start:stop])
 
     def padded_right(self, *, labels_too: bool = False) -> "Batch":
         """The same samples with their padding on the right.

@@ -1,0 +1,78 @@
+"""Where a model runs, on how much at a time, and what it says when it cannot."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from fisher_mask_mergekit.batches import Limit, growing_limits
+from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError, first_line
+from fisher_mask_mergekit.passes import is_out_of_memory
+from fisher_mask_mergekit.settings import FisherSettings
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device to measure on: the one asked for, else cuda, else xpu, mps, cpu.
+
+    Raises:
+        RecipeError: If torch does not know it, or it is not there.
+    """
+    if name is not None:
+        try:
+            torch.ones(1, device=name).item()
+            return torch.device(name)
+        except (RuntimeError, AssertionError) as error:  # Not a device, not there, or "meta".
+            raise RecipeError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+    for kind in ("cuda", "xpu", "mps"):
+        if (torch.backends.mps if kind == "mps" else getattr(torch, kind)).is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
+
+
+def batch_limits(
+    settings: FisherSettings, rows: int | None, tokens: int | None, device: torch.device
+) -> Iterator[Limit]:
+    """How much each batch of the pre-pass may hold.
+
+    Args:
+        settings: What is asked for.
+        rows: Samples at most; None for any number.
+        tokens: Tokens at most, padding included; None for as many as pay and fit.
+        device: Where the batches run.
+
+    Raises:
+        RecipeError: If batches are told apart by their tokens where they are part of the definition.
+    """
+    if settings.estimator == "batch":
+        if tokens is not None:
+            raise RecipeError(
+                "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
+            )
+        return repeat(Limit(rows=rows))
+    return growing_limits(device, rows) if tokens is None else repeat(Limit(tokens, rows))
+
+
+@contextmanager
+def model_errors(name: str, kind: Any, smaller: str) -> Iterator[None]:
+    """Turn what a model says of its inputs into one error.
+
+    Args:
+        name: The checkpoint.
+        kind: Its class.
+        smaller: What to make smaller where memory lacks.
+    """
+    try:
+        yield
+    except FisherMaskError:
+        raise
+    except Exception as error:  # Whatever the architecture's code raises.
+        if is_out_of_memory(error):
+            raise MeasurementError(
+                f"the device has too little memory for {name}; take a smaller {smaller}, or dtype bfloat16"
+            ) from error
+        raise MeasurementError(
+            f"{name} ({kind.__name__}) cannot be run on these samples: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
