@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisher_mask_mergekit.apart import Seen
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.layer_gradients import (
     Call,
@@ -19,7 +20,6 @@ from fisher_mask_mergekit.layer_gradients import (
     own_parameters,
     per_sample,
 )
-from fisher_mask_mergekit.passes import Seen
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 

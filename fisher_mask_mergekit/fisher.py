@@ -83,8 +83,8 @@ def mask_fisher(
             ``pre`` (eq. 2): it multiplies W x, before the bias is added and the activation applied; in a
             gated FFN, the W x that the activation is applied to.
         seed: For ``sampled``.
-        recompute: Run every layer again in the backward pass instead of keeping its activations: less memory, at
-            most 1.5 times the time.
+        recompute: Run every layer again in the backward pass instead of keeping its activations: less
+            memory, about 1.5 times the time.
         on_batch: Called after every batch.
 
     Returns:

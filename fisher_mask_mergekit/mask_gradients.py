@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.activations import Product, product_of, sums_over_tokens
+from fisher_mask_mergekit.apart import Seen
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.expert_gradients import Routing, can_run, run_experts, sums_over_routed
-from fisher_mask_mergekit.passes import Seen
-from fisher_mask_mergekit.recompute import layer_path, recomputed, replaced
+from fisher_mask_mergekit.recompute import LayerRun, layer_path, recomputed, replaced
 from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
@@ -40,6 +40,7 @@ class MaskGradients:
         seen: If not None, gets what a forward pass gives each site.
         watched: The sites' activations in a forward pass, in the order that they ran; None for what is still to
             be computed again.
+        fleeting: The places among them of what is computed again, for one backward pass.
         run_of: The layer's run that is on, if its activations are not kept.
     """
 
@@ -57,7 +58,8 @@ class MaskGradients:
     sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
     watched: list[Product | None] = field(default_factory=list)
-    run_of: "_LayerRun | None" = None
+    fleeting: set[int] = field(default_factory=set)
+    run_of: LayerRun | None = None
 
     def __post_init__(self) -> None:
         self.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
@@ -89,14 +91,18 @@ class MaskGradients:
                         handle = module.register_forward_pre_hook(partial(self._before_output, site))
                     stack.callback(handle.remove)
             if self.recompute:
-                paths = dict.fromkeys(layer_path(site.output) for site in self.sites)
+                # The last layer would run again at once: keeping it costs no memory beyond what that takes.
+                *paths, _ = dict.fromkeys(layer_path(site.output) for site in self.sites)
                 layers = [_submodule(self.model, path) for path in paths]
-                stack.enter_context(recomputed(self.model, layers, self._layer_contexts))
+                stack.enter_context(recomputed(self.model, layers, self._layer_runs))
             yield self
 
-    def _layer_contexts(self) -> tuple["_LayerRun", "_LayerRun"]:
+    def _layer_runs(self) -> tuple[LayerRun, LayerRun]:
         places: list[int] = []
-        return _LayerRun(self, places, again=False), _LayerRun(self, places, again=True)
+        return LayerRun(self._enter, places, again=False), LayerRun(self._enter, places, again=True)
+
+    def _enter(self, run: LayerRun | None) -> None:
+        self.run_of = run
 
     def _experts(self, site: Site) -> nn.Module:
         return _submodule(self.model, site.output.rpartition(".")[0])
@@ -107,6 +113,7 @@ class MaskGradients:
         if torch.is_grad_enabled():
             self.pending.clear()
             self.watched.clear()
+            self.fleeting.clear()
         return task.likelihood(self.model, batch)
 
     def fits(self, task: Task, sample: Batch) -> bool:
@@ -166,14 +173,15 @@ class MaskGradients:
         tensor.register_hook(partial(hook, len(self.watched)))
         if self.run_of is not None:
             self.run_of.noted.append(len(self.watched))
+            self.fleeting.add(len(self.watched))
         self.watched.append(None if self.run_of is not None else product_of(tensor, bias))
         return tensor
 
     def _product(self, place: int) -> Product:
-        """Of a watched activation; what was computed again is so only once."""
+        """Of a watched activation."""
         product = self.watched[place]
         assert product is not None
-        if self.recompute:
+        if place in self.fleeting:
             self.watched[place] = None
         return product
 
@@ -215,29 +223,6 @@ class MaskGradients:
     def _add(self, site: Site, node: Node, value: Tensor) -> None:
         key = (site.output, node)
         self.found[key] = self.found[key] + value if key in self.found else value
-
-
-@dataclass
-class _LayerRun:
-    """A layer's run, the first or the same one again: which of the watched activations are its own.
-
-    Attributes:
-        of: Whose hooks watch it.
-        noted: Their places among the watched, in the order that they are run.
-        again: Whether it is not the first.
-        places: Those that are still to come, if so.
-    """
-
-    of: MaskGradients
-    noted: list[int]
-    again: bool
-    places: Iterator[int] = field(default_factory=lambda: iter(()))
-
-    def __enter__(self) -> None:
-        self.of.run_of, self.places = self, iter(self.noted)
-
-    def __exit__(self, *error: object) -> None:
-        self.of.run_of = None
 
 
 def _wide(gradient: Tensor) -> Tensor:

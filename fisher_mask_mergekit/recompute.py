@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,30 @@ from torch.utils.checkpoint import checkpoint
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Contexts of one run of a layer: of the forward pass, and of each time that it runs again."""
+
+
+@dataclass
+class LayerRun:
+    """A context: a layer's run, the first or the same one again, and which of all watched activations are its own.
+
+    Attributes:
+        enter: Told that the run is on, and with None that it is over.
+        noted: The activations' places among the watched, in the order that they are run.
+        again: Whether it is not the first.
+        places: Those that are still to come, if so.
+    """
+
+    enter: Callable[["LayerRun | None"], None]
+    noted: list[int]
+    again: bool
+    places: Iterator[int] = field(default_factory=lambda: iter(()))
+
+    def __enter__(self) -> None:
+        self.places = iter(self.noted)
+        self.enter(self)
+
+    def __exit__(self, *error: object) -> None:
+        self.enter(None)
 
 
 def layer_path(output: str) -> str:
