@@ -1,10 +1,13 @@
 """Layers that run again in the backward pass: the same numbers, and nothing kept between."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
+from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.mask_gradients import MaskGradients
 from fisher_mask_mergekit.passes import frozen
@@ -54,3 +57,18 @@ def test_every_layer_but_the_last_runs_again_and_holds_nothing_between(recompute
 def test_the_layer_of_a_site() -> None:
     assert layer_path("bert.encoder.layer.11.attention.output.dense") == "bert.encoder.layer.11"
     assert layer_path("head.dense") == "head.dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "diagonal", "--recompute"], "keeps what every module is given; it takes no --recompute"),
+        (["--estimator", "batch", "--batch-tokens", "9"], "it takes no --batch-tokens"),
+    ],
+)
+def test_what_cannot_be_had_together_is_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    model, data = tiny.checkpoint(tmp_path / "model"), tiny.write_data(tmp_path / "data.jsonl")
+    done = CliRunner().invoke(app, ["compute", str(model), "--data", str(data), *options])
+    assert done.exit_code == 1
+    assert message in " ".join(done.stderr.split())
+    assert not list((model / "fisher").rglob("*.safetensors"))
