@@ -15,11 +15,14 @@ from fisher_mask_mergekit.store import alone, cache_folder
 
 @lru_cache
 def _workplace() -> Path:
-    """Merged checkpoints are as large as their bases: they go when the program ends, or when the next one begins."""
-    for left in cache_folder().glob("adapted-*"):
+    """Merged checkpoints are as large as their bases: they go when the program ends, or when the next one begins.
+
+    No sidecar's place in the cache begins with a dot.
+    """
+    for left in cache_folder().glob(".adapted-*"):
         with suppress(OSError), alone(left):  # Nobody's any more.
             shutil.rmtree(left)
-    folder = cache_folder() / f"adapted-{uuid4().hex}"
+    folder = cache_folder() / f".adapted-{uuid4().hex}"
     stack = ExitStack()
     atexit.register(stack.close)
     stack.enter_context(alone(folder))

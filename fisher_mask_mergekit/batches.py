@@ -36,6 +36,9 @@ class Limit:
 def growing_limits(device: torch.device, rows: int | None) -> Iterator[Limit]:
     """From :data:`FIRST_TOKENS`, on a GPU twice as many for the next batch while as much memory is free as was used."""
     tokens = FIRST_TOKENS
+    if device.type == "cuda":  # What an earlier model took says nothing of this one.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     while True:
         yield Limit(tokens, rows)
         if device.type == "cuda":

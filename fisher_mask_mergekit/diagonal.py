@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients, wide_dtype
+from fisher_mask_mergekit.blocks import wide_dtype
+from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.passes import frozen, run_samples
 from fisher_mask_mergekit.settings import Labels

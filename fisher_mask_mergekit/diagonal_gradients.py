@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.apart import Seen
+from fisher_mask_mergekit.blocks import wide_dtype
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.layer_gradients import (
     Call,
@@ -21,11 +22,6 @@ from fisher_mask_mergekit.layer_gradients import (
     per_sample,
 )
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What squares of a tensor's gradients are added in."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @dataclass

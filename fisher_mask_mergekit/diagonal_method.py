@@ -1,5 +1,6 @@
 """The merge method ``fisher_diagonal``."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -107,6 +108,11 @@ def _merge(
         raise SidecarMismatchError("it is a parameter of one model, and none of another")
     scales = [known.metadata.mean if normalize == "model" else 1.0 for known in sidecars]
     factors = [given / (scale or 1.0) for given, scale in zip(weights, scales, strict=True)]
+    for known, factor in zip(sidecars, factors, strict=True):
+        if not math.isfinite(factor):
+            raise SidecarError(
+                f"{known.source}: a mean over all parameters of {known.metadata.mean} divides nothing"
+            )
 
     def fisher(number: int, index: Index) -> Tensor:
         return sidecars[number].fisher(parameters[number], index)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy
 import torch
@@ -115,6 +115,7 @@ class DiagonalSidecar:
     metadata: DiagonalMetadata
     folder: Path
     _checked: set[str] = field(default_factory=set, init=False, repr=False)
+    _files: dict[str, tuple[BinaryIO, dict[str, int]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -139,19 +140,22 @@ class DiagonalSidecar:
     def _about(self) -> str:
         return f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
 
-    @cached_property
-    def _starts(self) -> dict[str, int]:
-        """Where in its shard each parameter's numbers begin, in bytes."""
-        starts: dict[str, int] = {}
-        for shard in {record.shard for record in self.metadata.tensors}:
-            with _readable(self, shard) as path, path.open("rb") as file:
+    def _opened(self, shard: str) -> tuple[BinaryIO, dict[str, int]]:
+        """A shard's file, and where in it each parameter's numbers begin, in bytes.
+
+        It stays open: what was checked is what is read, also if another sidecar takes this one's place meanwhile.
+        """
+        if shard not in self._files:
+            with _readable(self, shard) as path:
+                file = path.open("rb")
                 header = read_header(file, path)
-                starts |= {
+                starts = {
                     name: 8 + len(header) + entry["data_offsets"][0]
                     for name, entry in json.loads(header).items()
                     if name != "__metadata__"
                 }
-        return starts
+            self._files[shard] = file, starts
+        return self._files[shard]
 
     def identify(self, name: str, tensor: Tensor) -> AnyRecord | None:
         """Which of the checkpoint's parameters this is, told by its values.
@@ -194,9 +198,9 @@ class DiagonalSidecar:
         return fisher[index]
 
     def _mapped(self, record: TensorRecord) -> Tensor:
-        name = record.names[0]
-        with _readable(self, record.shard) as path:
-            return torch.from_numpy(numpy.memmap(path, "<f4", "c", self._starts[name], record.shape))
+        file, starts = self._opened(record.shard)
+        with _readable(self, record.shard):
+            return torch.from_numpy(numpy.memmap(file, "<f4", "c", starts[record.names[0]], record.shape))
 
     def _blocks(self, record: TensorRecord) -> Iterator[Tensor]:
         """All of a parameter's, in order, each let go before the one after the next is read."""

@@ -135,8 +135,8 @@ class MaskGradients:
     def keep(self) -> None:
         """Add what is pending to the sums; to the means for the batch estimator."""
         totals = self.means if self.estimator == "batch" else self.sums
-        for key, total in self.pending.items():
-            totals[key] = totals.get(key, 0) + total
+        added = {key: totals.get(key, 0) + total for key, total in self.pending.items()}
+        totals.update(added)  # All of them, or none where memory lacks.
         self.watched.clear()
 
     def can_forget(self) -> bool:

@@ -160,10 +160,10 @@ class _Run:
         _check_losses(losses, batch)
         for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
             self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
-        correct = float(likelihood.correct().sum())
-        self.gradients.keep()
+        loss, correct = float(losses.double().sum()), float(likelihood.correct().sum())
+        self.gradients.keep()  # From here on nothing can fail: these samples count.
         self.totals.samples += len(losses)
-        self.totals.loss += float(losses.double().sum())
+        self.totals.loss += loss
         self.totals.correct += correct
         return True
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sidecar import Measurement
 
 _OUT = {"mask": "reproduced.safetensors", "diagonal": "reproduced"}
@@ -31,18 +32,20 @@ def reproducing_command(metadata: Measurement) -> str:
 
     It names every option that is not the default, and writes to a file of its own: where the sidecar lies, the same
     request would be answered without measuring. Local paths are as they were given, so they lead from the same folder only.
+    ``--trust-remote-code`` is nobody's to ask for but whoever runs it.
 
     Args:
         metadata: A sidecar's, of either kind.
     """
-    words = ["mergekit-fisher", "compute", checkpoint_of(metadata), "--data", data_of(metadata)]
+    checkpoint = checkpoint_of(metadata)
+    if checkpoint.startswith("-"):  # Not an option.
+        checkpoint = f"./{checkpoint}"
+    words = ["mergekit-fisher", "compute", checkpoint, "--data", data_of(metadata)]
     for name, value in metadata.settings:
         if name != "data" and value != FisherSettings.model_fields[name].default:
             words += [f"--{name.replace('_', '-')}", _argument(name, value)]
-    if metadata.trust_remote_code:
-        words.append("--trust-remote-code")
     words += ["--device", _device(metadata.device), "--out", _OUT[metadata.settings.kind]]
-    return shlex.join(words)
+    return one_line(shlex.join(words))
 
 
 def _argument(name: str, value: Any) -> str:

@@ -10,10 +10,15 @@ _UNFIT = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 def shown(text: str) -> str:
     """The text with a mark in place of every character that is not to be seen.
 
-    A line break stays where an indented line follows, as in messages of several lines: whatever a file says
-    cannot pass for a line of its own.
+    A line break stays where an indented line follows, as in messages of several lines. What a file says goes through
+    :func:`one_line` before it is put into such a message.
     """
-    return "\n  ".join("".join(map(_fit, part)) for part in text.split("\n  "))
+    return "\n  ".join(map(one_line, text.split("\n  ")))
+
+
+def one_line(text: str) -> str:
+    """The same, with no line break: what a file says cannot pass for a line of its own."""
+    return "".join(map(_fit, text))
 
 
 def _fit(character: str) -> str:

@@ -23,7 +23,8 @@ from fisher_mask_mergekit.errors import SidecarError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, probe
 from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sites import GovernedTensor, Node, Site
+from fisher_mask_mergekit.shown import one_line
+from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Site
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.untrusted import (
     LONGEST_STRING,
@@ -63,7 +64,7 @@ class DataRecord(Record):
     text: tuple[str, ...]
     label: str | None
     label_map: dict[str, int]
-    rows: int = Field(ge=1)
+    rows: Count = Field(ge=1)
     digest: str
     majority: float | None = Field(ge=0, le=1)
 
@@ -100,9 +101,9 @@ class Measurement(Record):
     settings: FisherSettings
     trust_remote_code: bool = False
     data: DataRecord
-    samples: int = Field(ge=1)
-    max_length: int = Field(ge=1)
-    truncated: int = Field(ge=0)
+    samples: Count = Field(ge=1)
+    max_length: Count = Field(ge=1)
+    truncated: Count
     accuracy: float | None = Field(ge=0, le=1)
     loss: float = Field(allow_inf_nan=False)
     versions: dict[str, str]
@@ -118,7 +119,9 @@ class Measurement(Record):
     @property
     def described_checkpoint(self) -> str:
         """The checkpoint's name and revision, for messages."""
-        return f"'{self.checkpoint}'" + (f" (revision {self.revision[:7]})" if self.revision else "")
+        return f"'{one_line(self.checkpoint)}'" + (
+            f" (revision {self.revision[:7]})" if self.revision else ""
+        )
 
 
 AnyMeasurement = TypeVar("AnyMeasurement", bound=Measurement)

@@ -55,8 +55,11 @@ def test_a_gpus_batches_double_while_as_much_memory_is_free_as_was_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert list(islice(growing_limits(CPU, 7), 3)) == [Limit(FIRST_TOKENS, 7)] * 3
-    used = iter([10, 30, 60, 30])
+    used, cleared = iter([10, 30, 60, 30]), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append("cache"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: cleared.append("peak"))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: next(used))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
     got = [limit.tokens for limit in islice(growing_limits(torch.device("cuda"), None), 4)]
     assert got == [FIRST_TOKENS * factor for factor in (1, 2, 4, 4)]
+    assert cleared == ["cache", "peak"]  # Once, of what an earlier model took.

@@ -22,6 +22,7 @@ from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import MergeError
 from fisher_mask_mergekit.prepass import compute
+from fisher_mask_mergekit.seal import seal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.tasks import task_of
 from tests import tiny, tiny_tasks
@@ -142,6 +143,14 @@ def test_normalize_takes_a_models_own_scale_out(inputs: Inputs) -> None:
         for fisher, mean in zip((inputs.fishers[0], louder), means, strict=True)
     ]
     assert_close(wanted[WEIGHT].double(), by_hand(inputs, WEIGHT, [1.0, 1.0]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_that_divides_nothing_is_an_error(inputs: Inputs) -> None:
+    folder = Path(inputs.paths[0])
+    metadata = read_diagonal(folder).metadata.model_copy(update={"mean": 1e-320})
+    (folder / INDEX).write_text(seal(metadata.model_dump_json(), {}))
+    with pytest.raises(MergeError, match="mean over all parameters of 1e-320 divides nothing"):
+        inputs.merge(normalize="model")
 
 
 def test_the_default_device_does_not_matter(inputs: Inputs) -> None:

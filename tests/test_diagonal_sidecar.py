@@ -281,6 +281,18 @@ def test_a_shard_that_was_cut_short_since_is_an_error(folder: Path) -> None:
         sidecar.fisher(record)
 
 
+def test_one_that_is_replaced_meanwhile_is_read_to_its_end(folder: Path) -> None:
+    sidecar = read_diagonal(folder)
+    record = sidecar.records[WEIGHT]
+    before = sidecar.fisher(record, (slice(0, 2),)).clone()
+    whole = sidecar.fisher(record).clone()
+    write_for(tiny.classifier("bert"), folder, made_up(tiny.classifier("bert"), scale=2.0))
+    assert_close(sidecar.fisher(record), whole, rtol=0, atol=0)
+    assert_close(whole[:2], before, rtol=0, atol=0)
+    anew = read_diagonal(folder)
+    assert_close(anew.fisher(anew.records[WEIGHT]), 2 * whole)
+
+
 def test_a_copy_elsewhere_works_and_so_do_links(folder: Path, tmp_path: Path) -> None:
     """As the hub's cache has its files."""
     copied = shutil.copytree(folder, tmp_path / "blobs")

@@ -344,12 +344,16 @@ def test_a_network_that_breaks_during_a_download(
 
 def test_applied_adapters_of_killed_programs_go(tmp_path: Path) -> None:
     cache = store.cache_folder()
-    for name in ("adapted-dead", "adapted-alive", "other"):
+    for name in (".adapted-dead", ".adapted-alive", "adapted-org--model--c0ffee"):
         (cache / name).mkdir(parents=True)
     adapter._workplace.cache_clear()
-    with alone(cache / "adapted-alive"):
+    with alone(cache / ".adapted-alive"):
         own = adapter._workplace()
-    assert {path.name for path in cache.iterdir() if path.is_dir()} == {"adapted-alive", "other", own.name}
+    assert {path.name for path in cache.iterdir() if path.is_dir()} == {
+        ".adapted-alive",
+        "adapted-org--model--c0ffee",
+        own.name,
+    }
     adapter._workplace.cache_clear()
     assert adapter._workplace() != own
     assert own.is_dir()

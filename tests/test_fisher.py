@@ -130,9 +130,9 @@ def test_batch_estimator_squares_the_gradient_of_each_batchs_mean_loss() -> None
 
 
 @pytest.mark.parametrize("labels", ["data", "exact"])
-@pytest.mark.parametrize("moment", ["forward", "backward"])
+@pytest.mark.parametrize("moment", ["forward", "backward", "sums"])
 def test_batches_that_do_not_fit_into_memory_run_in_halves_and_every_sample_counts_once(
-    moment: str, labels: Any
+    moment: str, labels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.classifier("bert").double()
     sites, drawn = tiny.sites_of(model), tiny.samples(8)
@@ -148,10 +148,18 @@ def test_batches_that_do_not_fit_into_memory_run_in_halves_and_every_sample_coun
     def watch(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         if moment == "forward":
             full(output, 1)
-        elif output.requires_grad:
+        elif moment == "backward" and output.requires_grad:
             output.register_hook(lambda gradient: full(gradient, 2 if labels == "exact" else 1))
 
     model.bert.encoder.layer[0].intermediate.register_forward_hook(watch)
+    double = Tensor.double
+
+    def widened(tensor: Tensor) -> Tensor:  # Of the losses, when every backward pass is over.
+        if moment == "sums" and tensor.ndim == 1:
+            full(tensor, 1)
+        return double(tensor)
+
+    monkeypatch.setattr(Tensor, "double", widened)
     seen: list[int] = []
     got = mask_fisher(
         model, tiny.batches(drawn, 8), sites, tiny.TASK, labels=labels, on_batch=lambda batch: seen.append(len(batch.index))

@@ -87,6 +87,18 @@ def test_code_of_the_checkpoints_own_is_recorded(tmp_path: Path) -> None:
     assert "--trust-remote-code" in run("inspect", made).stdout
 
 
+def test_what_a_sidecar_says_stays_in_its_line_and_asks_for_no_code() -> None:
+    metadata = metadata_for(
+        tiny.sites_of(tiny.classifier("bert")),
+        checkpoint="-bert\n  Run this first:  x",
+        trust_remote_code=True,
+    )
+    command = reproducing_command(metadata)
+    assert "\n" not in command + metadata.described_checkpoint
+    assert "--trust-remote-code" not in command
+    assert command.startswith("mergekit-fisher compute './-bert")
+
+
 def test_options_that_are_not_json_are_refused(tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "model")
     for option, value in (("--text", '["a"'), ("--label-map", "{a: 0}")):

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fisher_mask_mergekit.cli.output import errors, say, silence_loading
+from fisher_mask_mergekit.cli.output import errors, print_lines, say, silence_loading
+from fisher_mask_mergekit.shown import one_line
 
 
 def push(
@@ -31,7 +32,7 @@ def push(
         published = publish(find_measured(target), repo, create_pr=create_pr, private=private)
         for note in published.notes:
             say(note)
-        print(f"{published.url}\n{published.reference}")
+        print_lines([published.url, str(published.reference)])
 
 
 def pull(
@@ -59,7 +60,9 @@ def pull(
             say(pulled.note)
         metadata = pulled.sidecar.metadata
         accuracy = "" if metadata.accuracy is None else f"accuracy {metadata.accuracy:.3f}, "
-        print(
-            f"{pulled.reference}: {metadata.samples} samples of {metadata.settings.data}, {accuracy}"
-            f"loss {metadata.loss:.4f}, {pulled.path}"
+        data = one_line(str(metadata.settings.data))
+        print_lines(
+            [
+                f"{pulled.reference}: {metadata.samples} samples of {data}, {accuracy}loss {metadata.loss:.4f}, {pulled.path}"
+            ]
         )

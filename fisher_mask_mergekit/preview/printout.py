@@ -6,6 +6,7 @@ from itertools import groupby
 from fisher_mask_mergekit.preview.inspection import NodeStatistics, ShareStatistics, node_statistics
 from fisher_mask_mergekit.preview.survey import Survey
 from fisher_mask_mergekit.provenance import reproducing_command
+from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sidecar import Metadata, Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Site, layer_of, name_template
 
@@ -119,7 +120,7 @@ def metadata_fields(metadata: Metadata) -> dict[str, str]:
     settings, data = metadata.settings, metadata.data
     commit = f" at {data.revision[:7]}" if data.revision else ""
     accuracy = "" if metadata.accuracy is None else f"; accuracy {metadata.accuracy:.3f}"
-    return {
+    fields = {
         "checkpoint": metadata.checkpoint + (f" at {metadata.revision[:7]}" if metadata.revision else ""),
         "class": metadata.architecture,
         "task": metadata.task,
@@ -131,8 +132,13 @@ def metadata_fields(metadata: Metadata) -> dict[str, str]:
         "measured": f"{metadata.date} on {metadata.device}, weights in {settings.dtype}",
         "versions": ", ".join(f"{library} {version}" for library, version in metadata.versions.items()),
         "digests": f"weights {metadata.weights:.12}, drawn rows {data.digest:.12}",
-        "measure": reproducing_command(metadata),
+        "measure": reproducing_command(metadata)
+        + (
+            "  (then with --trust-remote-code: if you trust the checkpoint's own)"
+            * metadata.trust_remote_code
+        ),
     }
+    return {name: one_line(value) for name, value in fields.items()}
 
 
 def _node_table(title: str, found: Sequence[NodeStatistics]) -> Iterator[str]:
