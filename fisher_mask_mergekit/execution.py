@@ -31,6 +31,27 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
+def check_options(settings: FisherSettings, batch_tokens: int | None, *, recompute: bool) -> None:
+    """Whether a measurement can run as it is asked to.
+
+    Raises:
+        RecipeError: If batches are told apart by their tokens where they are part of the definition, or activations are
+            to be computed again where every module's input is needed in its turn.
+    """
+    if settings.estimator == "batch" and batch_tokens is not None:
+        raise RecipeError(
+            "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
+        )
+    if settings.kind == "diagonal" and recompute:
+        raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
+
+
+def to_make_smaller(settings: FisherSettings) -> str:
+    """What helps where memory lacks, of what :func:`check_options` lets pass."""
+    size = "batch_size" if settings.estimator == "batch" else "--batch-tokens"
+    return f"{size} or max_length" + ("" if settings.kind == "diagonal" else ", --recompute")
+
+
 def batch_limits(
     settings: FisherSettings, rows: int | None, tokens: int | None, device: torch.device
 ) -> Iterator[Limit]:
@@ -41,15 +62,8 @@ def batch_limits(
         rows: Samples at most; None for any number.
         tokens: Tokens at most, padding included; None for as many as pay and fit.
         device: Where the batches run.
-
-    Raises:
-        RecipeError: If batches are told apart by their tokens where they are part of the definition.
     """
     if settings.estimator == "batch":
-        if tokens is not None:
-            raise RecipeError(
-                "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
-            )
         return repeat(Limit(rows=rows))
     return growing_limits(device, rows) if tokens is None else repeat(Limit(tokens, rows))
 

@@ -23,7 +23,7 @@ from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, may_replace_d
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import FisherSettings, Kind
 from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace, read
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of, skeleton
@@ -95,6 +95,7 @@ def prepare(
     out: Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
+    writes: bool = True,
 ) -> Job:
     """Find the checkpoint, its mask nodes and the samples, and see whether they were measured before.
 
@@ -104,6 +105,7 @@ def prepare(
         out: Where to write; beside a local checkpoint, else to the cache, if not given.
         force: Measure even if the same request was measured before.
         trust_remote_code: Whether to run code that comes with the checkpoint.
+        writes: Whether a sidecar will be written; if not, anything may lie where it would go.
 
     Raises:
         FisherMaskError: On bad input.
@@ -120,7 +122,7 @@ def prepare(
     sites = _find_sites(checkpoint, model, shapes) if is_mask else ()
     parameters = None if is_mask else _find_parameters(checkpoint, model, shapes)
     target = out or store.destination(checkpoint, settings.kind)
-    if not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
+    if writes and not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
         raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
     places = () if force else [out] if out else store.find_all(checkpoint, settings.kind)
@@ -177,6 +179,15 @@ def measured_meanwhile(job: Job) -> AnySidecar | None:
     return found if found and found.metadata.data.digest == job.data.digest else None
 
 
+def read_any(path: Path, kind: Kind) -> AnySidecar:
+    """Read a sidecar of either kind.
+
+    Raises:
+        SidecarError: If it is none of that kind.
+    """
+    return read(path) if kind == "mask" else read_diagonal(path)
+
+
 def _same_request(
     path: Path, weights: str, settings: FisherSettings, task: Task, sites: tuple[Site, ...]
 ) -> AnySidecar | None:
@@ -185,7 +196,7 @@ def _same_request(
     Whether the data is still what it was is for the caller to compare.
     """
     try:
-        sidecar: AnySidecar = read(path) if settings.kind == "mask" else read_diagonal(path)
+        sidecar = read_any(path, settings.kind)
     except SidecarError:
         return None
     # As JSON has them: its keys are texts, so a label_map of numbers comes back as one of texts.

@@ -19,7 +19,7 @@ from fisher_mask_mergekit.diagonal_sidecar import (
     plan_shards,
     write_diagonal,
 )
-from fisher_mask_mergekit.errors import CheckpointError, RecipeError
+from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.recognition import probe
@@ -73,13 +73,7 @@ def measure(
     recompute: bool,
     on_batch: Callable[[Batch], None],
 ) -> DiagonalFisher:
-    """Run the samples.
-
-    Raises:
-        RecipeError: If activations are to be computed again: every module's input is needed in its turn.
-    """
-    if recompute:
-        raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
+    """Run the samples. Activations are never computed again: every module's input is needed in its turn."""
     batches = padded_batches(inputs.encoded, inputs.tokenizer, limits=limits, by_length=True, device=device)
     settings = job.settings
     return diagonal_fisher(

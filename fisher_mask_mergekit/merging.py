@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import click
 from torch import Tensor
 
-from fisher_mask_mergekit import store
+from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNotFoundError
+from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import Kind
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.weighting import counted_weight
@@ -151,9 +152,25 @@ def compute_command(model: Hashable, kind: Kind = "mask") -> str:
     """What to run to measure a model: the recipe that mergekit-yaml is running says on what."""
     context = click.get_current_context(silent=True)
     if context is not None and context.command.name == "mergekit-yaml":
-        return f"mergekit-fisher compute {shlex.quote(context.params['config_file'])}"
+        path = context.params["config_file"]
+        command = f"mergekit-fisher compute {shlex.quote(path)}"
+        return unless_published(_named_sidecar(Path(path), str(model)), command)
     option = "" if kind == "mask" else f" --kind {kind}"
     return f"mergekit-fisher compute {shlex.quote(str(model))}{option} --data DATASET"
+
+
+def unless_published(sidecar: str | None, command: str) -> str:
+    """How to measure a model, given what its recipe names: nothing measured here replaces what is on the hub."""
+    if sidecar and sidecar.startswith(hub.PREFIX):
+        return f"change or remove  sidecar: {sidecar}  first, then:  {command}"
+    return command
+
+
+def _named_sidecar(path: Path, model: str) -> str | None:
+    try:
+        return next((known.sidecar for known in read_recipe(path).models if known.name == model), None)
+    except FisherMaskError:  # The recipe is not what went wrong.
+        return None
 
 
 def _checkpoint(model: Any) -> Checkpoint | None:

@@ -19,10 +19,10 @@ from fisher_mask_mergekit.batches import lacks_for_padding
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
-from fisher_mask_mergekit.execution import batch_limits, model_errors
+from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
 from fisher_mask_mergekit.fisher import MaskFisher
-from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile
-from fisher_mask_mergekit.sidecar import Measurement, read
+from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -147,6 +147,7 @@ def measure(
     Raises:
         FisherMaskError: On bad input.
     """
+    check_options(job.settings, batch_tokens, recompute=recompute)
     kind = _kind(job)
     model, values = kind.load(job, inputs)
     rows, notes = job.settings.rows, []
@@ -156,7 +157,7 @@ def measure(
     on_start(len(inputs.encoded.samples))
     started = time.perf_counter()
     limits = batch_limits(job.settings, rows, batch_tokens, device)
-    with model_errors(job.checkpoint.name, job.model_class, "--batch-tokens or max_length, --recompute"):
+    with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(job.settings)):
         fisher = kind.measure(job, inputs, model.to(device), device, limits, recompute, on_batch)
     seconds = time.perf_counter() - started
     if fisher.one_by_one and rows != 1:
@@ -184,7 +185,7 @@ def _check_unchanged(job: Job) -> None:
 def _replaced(job: Job) -> list[str]:
     """That an earlier measurement with other settings goes, and which settings those are."""
     try:
-        earlier = read(job.target).metadata.settings.definition()
+        earlier = read_any(job.target, job.settings.kind).metadata.settings.definition()
     except SidecarError:
         return []
     now = job.settings.definition()

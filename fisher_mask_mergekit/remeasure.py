@@ -99,7 +99,12 @@ def remeasure(
         )
     try:
         job = prepare(
-            name, settings, out=Path(sidecar.source), force=True, trust_remote_code=trust_remote_code
+            name,
+            settings,
+            out=Path(sidecar.source),
+            force=True,
+            trust_remote_code=trust_remote_code,
+            writes=False,
         )
     except DataError as error:
         raise DataError(f"{error}; if the data lies elsewhere here, say where:  --data DATASET") from error

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 from fisher_mask_mergekit import measure_mask, store
 from fisher_mask_mergekit.cli import app
+from fisher_mask_mergekit.execution import to_make_smaller
+from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from tests import tiny
 from tests.families import FAMILIES, build
@@ -408,9 +411,11 @@ def test_a_class_without_a_head_is_one_error_also_with_a_task(tmp_path: Path, da
     assert f"{folder} is a BertModel, which has no head, and so no loss" in said
 
 
-def test_replacing_a_measurement_with_other_settings_is_said(model: Path, data: Path) -> None:
-    assert "replaced" not in run("compute", model, "--data", data, "--samples", "8").stderr
-    said = run("compute", model, "--data", data, "--samples", "12").stderr
+@pytest.mark.parametrize("kind", ["mask", "diagonal"])
+def test_replacing_a_measurement_with_other_settings_is_said(model: Path, data: Path, kind: str) -> None:
+    given = ("compute", model, "--data", data, "--kind", kind, "--samples")
+    assert "replaced" not in run(*given, "8").stderr
+    said = run(*given, "12").stderr
     assert "replaced the sidecar measured with samples 8; --out keeps both" in said
 
 
@@ -499,6 +504,20 @@ def test_too_little_memory_says_what_to_do(model: Path, data: Path, monkeypatch:
     assert f"too little memory for {model}; take a smaller --batch-tokens or max_length, --recompute, or dtype" in run(
         "compute", model, "--data", data, code=1
     ).stderr  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "--batch-tokens or max_length, --recompute"),
+        ({"estimator": "batch"}, "batch_size or max_length, --recompute"),
+        ({"kind": "diagonal"}, "--batch-tokens or max_length"),
+    ],
+)
+def test_where_memory_lacks_nothing_is_advised_that_would_be_refused(
+    settings: dict[str, Any], advice: str
+) -> None:
+    assert to_make_smaller(FisherSettings(**settings)) == advice
 
 
 def test_ctrl_c_leaves_no_file(tmp_path: Path, model: Path) -> None:

@@ -1,9 +1,11 @@
 """The merge method against its formula, through mergekit's own interface."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from mergekit.common import ModelReference
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fisher_mask_mergekit import method
-from fisher_mask_mergekit.merging import MergeError
+from fisher_mask_mergekit.merging import MergeError, compute_command
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from fisher_mask_mergekit.sites import name_template
 from fisher_mask_mergekit.weighting import merge_rows
@@ -247,6 +249,23 @@ def test_another_checkpoints_sidecar_is_an_error(inputs: Inputs) -> None:
         MergeError, match=r"SidecarMismatchError at .* has other values\n  Measure this checkpoint: "
     ):
         inputs.merge()
+
+
+def test_what_to_run_for_a_model_whose_sidecar_is_on_the_hub(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yml"
+    published = {"model": "org/one", "parameters": {"sidecar": "hub:org/one/a.safetensors"}}
+    recipe.write_text(
+        json.dumps({"merge_method": "fisher_mask", "models": [published, {"model": "org/two"}]})
+    )
+    command = f"mergekit-fisher compute {recipe}"
+    with click.Context(click.Command("mergekit-yaml")) as context:
+        context.params = {"config_file": str(recipe)}
+        assert compute_command("org/two") == command
+        assert compute_command("org/one") == (
+            f"change or remove  sidecar: hub:org/one/a.safetensors  first, then:  {command}"
+        )
+        recipe.write_text("[]")
+        assert compute_command("org/one") == command
 
 
 def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:

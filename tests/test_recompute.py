@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+from fisher_mask_mergekit import job, measure_diagonal, measure_mask, prepass
 from fisher_mask_mergekit.cli import app
+from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.mask_gradients import MaskGradients
 from fisher_mask_mergekit.passes import frozen
 from fisher_mask_mergekit.recompute import layer_path
+from fisher_mask_mergekit.settings import FisherSettings
 from tests import tiny
 from tests.families import FAMILIES, Family, build
 from tests.test_architectures import TASK, batches, model_of
@@ -66,9 +70,19 @@ def test_the_layer_of_a_site() -> None:
         (["--estimator", "batch", "--batch-tokens", "9"], "it takes no --batch-tokens"),
     ],
 )
-def test_what_cannot_be_had_together_is_refused(tmp_path: Path, options: list[str], message: str) -> None:
+def test_what_cannot_be_had_together_is_refused_before_anything_is_looked_into(
+    tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = tiny.checkpoint(tmp_path / "model"), tiny.write_data(tmp_path / "data.jsonl")
+    given: dict[str, Any] = {options[0].removeprefix("--"): options[1]}
+    settings = FisherSettings(data=str(data), **given)
+    looked_into = job.prepare(str(model), settings)
+    monkeypatch.setattr(job, "prepare", None)
     done = CliRunner().invoke(app, ["compute", str(model), "--data", str(data), *options])
     assert done.exit_code == 1
     assert message in " ".join(done.stderr.split())
-    assert not list((model / "fisher").rglob("*.safetensors"))
+    monkeypatch.setattr(measure_diagonal, "load", None)
+    monkeypatch.setattr(measure_mask, "load", None)
+    asked: dict[str, Any] = {"recompute": True} if "--recompute" in options else {"batch_tokens": 9}
+    with pytest.raises(RecipeError, match=message):
+        prepass.compute(looked_into, torch.device("cpu"), **asked)

@@ -398,7 +398,7 @@ def test_check_and_inspect_use_what_a_recipe_names_on_the_hub(
         in stdout
     )
     assert (
-        f"  name another sidecar for {pair[0]}, or none and measure it here:  mergekit-fisher compute\n"
+        f"  change or remove  sidecar: hub:org/one/a.safetensors@none  first, then:  mergekit-fisher compute {named('@none')}\n"
         in stdout
     )
     stdout, _ = run("check", named(merge_method="fisher_diagonal"), code=1)

@@ -317,6 +317,14 @@ def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:
     assert verify(alone, code=1)["values"][0] == "not checked"
 
 
+def test_what_could_not_be_replaced_is_measured_again_all_the_same(model: Path, tmp_path: Path) -> None:
+    folder = measure(model, Path("data.jsonl"), kind="diagonal", samples=4)
+    (folder / "README.md").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link"):
+        assert verify(path, "--model", model, "--recompute", 4)["numbers"][0] == "ok"
+
+
 @pytest.mark.parametrize("count", [1, 5, 19, 20])
 def test_no_share_of_the_samples_refutes_their_mean(count: int) -> None:
     """Squares with tails as heavy as those of gradients, some of them zero, in float32 as they are kept."""

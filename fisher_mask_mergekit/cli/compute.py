@@ -142,12 +142,14 @@ def compute(
         overrides = {name: value for name, value in given.items() if value is not None}
         wanted = list(_requests(target, overrides, out))
         from fisher_mask_mergekit import prepass
-        from fisher_mask_mergekit.execution import pick_device
+        from fisher_mask_mergekit.execution import check_options, pick_device
         from fisher_mask_mergekit.job import prepare
 
         silence_progress_bars()
         where = pick_device(device)
         # All that can be wrong is found before the first is measured.
+        for _, settings, _ in wanted:
+            check_options(settings, batch_tokens, recompute=recompute)
         jobs = [
             prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
             for name, settings, path in wanted
