@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from fisher_mask_mergekit.errors import HubError
@@ -59,9 +60,18 @@ def test_a_card_without_metadata_gets_some() -> None:
             "tags: bert",
             "takes no tags as it is written\n  add these to it: fisher-mask-mergekit, fisher-info",
         ),
+        ("tags: 5", "takes no tags as it is written"),
+        ("tags: true", "takes no tags as it is written"),
+        (f"tags: {ONE} {TWO}", "takes no tags as it is written"),
         ("{license: mit}", "takes no tags as it is written"),
         ("- a list", "is no mapping in YAML"),
         ("a: [", "is no mapping in YAML"),
+        ("a: &a [*a]", "has more than 100,000 values where its aliases"),
+        (
+            "a0: &a0 []\n" + "\n".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]" for n in range(60)),
+            "has more than 100,000 values where its aliases",
+        ),
+        ("a: " + "b" * (1 << 20), "has more than 1,048,576 bytes"),
     ],
 )
 def test_metadata_that_takes_no_tags(front: str, message: str) -> None:
@@ -108,3 +118,17 @@ def test_a_name_is_only_text_in_the_section() -> None:
     settings = metadata.settings.model_copy(update={"data": "a|b <script>\n# c"})
     metadata = metadata.model_copy(update={"settings": settings})
     assert r"| data | a\|b &lt;script&gt; # c, split" in describe(metadata, "org/a", "b", is_beside=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\n```\n# Mine", "a\u2028```", "``` <!-- fisher-mask-mergekit: end -->", 'a: "b"', "true", "1e-5"],
+)
+def test_a_name_is_only_a_name_in_the_recipe(name: str) -> None:
+    metadata = sidecar_for(tiny.classifier("bert")).metadata.model_copy(update={"checkpoint": name})
+    card = with_section("", describe(metadata, "org/a", "b", is_beside=False))
+    assert with_section(card, SECTION) == with_section("", SECTION)
+    found = re.search(r"^```yaml\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    assert found[1].count("\n") == 2
+    assert yaml.safe_load(found[1])[0]["model"] == name

@@ -217,6 +217,25 @@ def test_pickled_weights_would_be_hidden_by_a_sidecar(hub: Hub, bert: Path) -> N
     assert "push to a repository of its own" in stderr
 
 
+def test_the_sidecar_of_another_checkpoint_is_not_replaced(hub: Hub, bert: Path, tmp_path: Path) -> None:
+    run("push", bert, "--repo", "org/sidecars")
+    other = tiny.sibling(tmp_path / "other", bert, seed=3)
+    measure(other, weights="11")
+    before = files(hub, name="org/sidecars")
+    _, stderr = run("push", other, "--repo", "org/sidecars", code=1)
+    assert stderr == (
+        "HubError: org/sidecars has the sidecar of another checkpoint, 'bert'; it was left as it is\n"
+        "  push that of 'somebody/bert-sst2' (revision 95f0f6f) to a repository of its own\n"
+    )
+    assert files(hub, name="org/sidecars") == before
+    measure(bert, seed=5, checkpoint="org/bert", revision=None, samples=7)
+    run("push", bert, "--repo", "org/sidecars")
+    assert files(hub, name="org/sidecars")[PATH] != before[PATH]
+    hub.repositories["models/org/sidecars"].commit(before | {PATH: b"rubbish"})
+    run("push", other, "--repo", "org/sidecars")
+    assert run("pull", "org/sidecars")[0].split(": ")[1].startswith("9 samples")
+
+
 def test_what_others_commit_meanwhile_is_not_lost(hub: Hub, bert: Path) -> None:
     repository = hub.repositories["models/org/bert"]
     batch = hub.fault
@@ -324,7 +343,9 @@ LOCAL = [
     ("/home/me/bert", None, "org/bert", "bert"),
     ("C:\\Users\\me\\bert\\", None, "org/bert", "bert"),
     ("./bert", None, "org/bert", "bert"),
-    ("org/base+/home/me/adapter", None, "org/bert", "org/base+adapter"),
+    ("acme-bank/complaints", None, "org/bert", "complaints"),
+    ("org/base+/home/me/adapter", None, "org/bert", "base+adapter"),
+    ("acme-bank/complaints+clients/a+b", None, "org/bert", "complaints+a+b"),
     ("org/other@v1", "2" * 40, "org/other@v1", "org/other@v1"),
 ]
 
@@ -343,19 +364,22 @@ def test_local_checkpoints_have_no_path_in_what_is_published(
 
 
 @pytest.mark.parametrize(
-    ("data", "shown"),
+    ("data", "commit", "shown"),
     [
-        ("/home/me/train.jsonl", "train.jsonl"),
-        ("private/train.csv", "train.csv"),
-        ("~/dumps/sst2::train", "sst2::train"),
-        ("nyu-mll/glue:sst2:train@main", "nyu-mll/glue:sst2:train@main"),
-        ("imdb", "imdb"),
+        ("/home/me/train.jsonl", None, "train.jsonl"),
+        ("private/train.csv", None, "train.csv"),
+        ("acme-bank/complaints", None, "complaints"),
+        ("~/dumps/sst2::train", None, "sst2::train"),
+        ("nyu-mll/glue:sst2:train@main", "1" * 40, "nyu-mll/glue:sst2:train@main"),
+        ("imdb", None, "imdb"),
     ],
 )
-def test_local_data_has_no_path_in_what_is_published(data: str, shown: str) -> None:
+def test_local_data_has_no_path_in_what_is_published(data: str, commit: str | None, shown: str) -> None:
     made = sidecar_for(tiny.classifier("bert"))
     settings = made.metadata.settings.model_copy(update={"data": data})
-    sidecar = Sidecar(made.metadata.model_copy(update={"settings": settings}), made.fisher, made.values)
+    record = made.metadata.data.model_copy(update={"revision": commit})
+    metadata = made.metadata.model_copy(update={"settings": settings, "data": record})
+    sidecar = Sidecar(metadata, made.fisher, made.values)
     changed, notes = public(sidecar, "org/bert", None)
     assert changed.metadata.settings.data == shown
     assert notes == ((f"'{data}' is called '{shown}' in what is published",) if data != shown else ())

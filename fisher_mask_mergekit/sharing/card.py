@@ -1,16 +1,24 @@
 """A repository's card: the section about a sidecar and its tags; every other byte stays as it was."""
 
+import json
+import re
 from html import escape
+from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from fisher_mask_mergekit.errors import HubError
+from fisher_mask_mergekit.errors import HubError, RecipeError
 from fisher_mask_mergekit.sidecar import Metadata
+from fisher_mask_mergekit.untrusted import MOST_RECIPE_VALUES, read_yaml
 
 TAGS = ("fisher-mask-mergekit", "fisher-information")
 _BEGIN = "<!-- fisher-mask-mergekit: begin (mergekit-fisher push writes what is in here) -->"
 _END = "<!-- fisher-mask-mergekit: end -->"
+_PLAIN = re.compile(r"[A-Za-z0-9/][A-Za-z0-9_./+@-]*")
+_MOST_BYTES = 1 << 20
+"""Of metadata; long lists of results have some hundred thousand."""
 
 
 def describe(metadata: Metadata, repo: str, path: str, *, is_beside: bool) -> str:
@@ -47,7 +55,7 @@ FFN neuron matters to its task ([arXiv 2403.09891](https://arxiv.org/abs/2403.09
 fisher-mask-mergekit, without the data. In the recipe, under `models:`:
 
 ```yaml
-  - model: {model}
+  - model: {_scalar(model)}
     parameters: {{weight: 1.0{sidecar}}}
 ```
 
@@ -55,6 +63,13 @@ fisher-mask-mergekit, without the data. In the recipe, under `models:`:
 | --- | --- |
 {table}
 """
+
+
+def _scalar(name: str) -> str:
+    """A name in YAML, on one line that can neither end its fence nor the section."""
+    if _PLAIN.fullmatch(name) and getattr(yaml.compose(name), "tag", "") == "tag:yaml.org,2002:str":
+        return name
+    return json.dumps(name).replace("`", "\\u0060").replace("<", "\\u003c")
 
 
 def _cell(text: str) -> str:
@@ -95,30 +110,49 @@ def with_tags(card: str) -> str:
         front = ["---", "tags:", *(f"- {tag}" for tag in TAGS), "---", ""]
         return bom + newline.join(front) + text
     before = found[2]
-    try:
-        known = dict(yaml.safe_load(before) or {})
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        why = " ".join(str(error).split())
-        raise HubError(
-            f"the metadata of README.md is no mapping in YAML: {why}\n  mend it and push again"
-        ) from error
+    known = _mapping(before)
     tags = known.get("tags") or []
-    missing = [tag for tag in TAGS if tag not in tags]
+    is_list = isinstance(tags, list)
+    missing = [tag for tag in TAGS if not is_list or tag not in tags]
     if not missing:
         return card
     after = _insert(before, missing, newline)
-    if _loaded(after) != {**known, "tags": [*missing, *tags]}:
+    if not is_list or _loaded(after) != {**known, "tags": [*missing, *tags]}:
         raise HubError(
             f"the metadata of README.md takes no tags as it is written\n  add these to it: {', '.join(missing)}"
         )
     return bom + text[: found.start(2)] + after + text[found.end(2) :]
 
 
-def _loaded(front: str) -> object:
-    """What it says; None if that is no YAML."""
+def _mapping(front: str) -> dict[Any, Any]:
+    """What metadata says.
+
+    Raises:
+        HubError: If it is no mapping, or too large.
+    """
+    if len(front.encode()) > _MOST_BYTES:
+        raise HubError(
+            f"the metadata of README.md has more than {_MOST_BYTES:,} bytes\n  shorten it and push again"
+        )
     try:
-        return yaml.safe_load(front)
-    except yaml.YAMLError:
+        return dict(read_yaml(front.encode(), Path("README.md")) or {})
+    except (RecipeError, ValueError, TypeError) as error:
+        if isinstance(error, RecipeError) and error.__cause__ is None:
+            raise HubError(
+                f"the metadata of README.md has more than {MOST_RECIPE_VALUES:,} values where its aliases (*) are "
+                "written out\n  mend it and push again"
+            ) from error
+        why = " ".join(str(error.__cause__ or error).split())
+        raise HubError(
+            f"the metadata of README.md is no mapping in YAML: {why}\n  mend it and push again"
+        ) from error
+
+
+def _loaded(front: str) -> object:
+    """What it says; None if that is no YAML, or too much of it."""
+    try:
+        return read_yaml(front.encode(), Path("README.md"))
+    except RecipeError:
         return None
 
 

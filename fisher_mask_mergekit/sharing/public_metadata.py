@@ -2,16 +2,15 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
+from fisher_mask_mergekit import store
 from fisher_mask_mergekit.sidecar import Sidecar
-
-_HUB_ID = re.compile(r"(?![.~])[\w.-]+/[\w.-]+(:[^/\\]*)*(@[^/\\]+)?")
-_LOCAL_FILE = re.compile(r"\.(jsonl?|csv|parquet)$")
 
 
 def public(sidecar: Sidecar, repo: str, revision: str | None) -> tuple[Sidecar, tuple[str, ...]]:
     """A sidecar without the paths of local folders and files in its metadata.
+
+    Only a commit on the hub tells a hub id from a folder's path: of a name without one, the last part is kept.
 
     Args:
         sidecar: The sidecar.
@@ -26,7 +25,7 @@ def public(sidecar: Sidecar, repo: str, revision: str | None) -> tuple[Sidecar, 
     data = metadata.settings.data
     known = {}
     if metadata.revision is None:
-        public_name = "+".join(_shortened(part) for part in metadata.checkpoint.split("+"))
+        public_name = _shortened_checkpoint(metadata.checkpoint)
         known = {"checkpoint": repo if revision else public_name, "revision": revision}
     settings = metadata.settings
     if data is not None and metadata.data.revision is None:
@@ -37,8 +36,12 @@ def public(sidecar: Sidecar, repo: str, revision: str | None) -> tuple[Sidecar, 
     return replace(sidecar, metadata=changed), notes
 
 
+def _shortened_checkpoint(name: str) -> str:
+    """Of a base and its adapter, which no commit is kept of, each one's last part."""
+    base, plus, adapter = store.adapted(name) or (name, "", "")
+    return _shortened(base) + plus + (_shortened(adapter) if plus else "")
+
+
 def _shortened(name: str) -> str:
-    """A hub id as it is, of a path the last part."""
-    if _HUB_ID.fullmatch(name) and not _LOCAL_FILE.search(name) and not Path(name).exists():
-        return name
+    """A path's last part."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name

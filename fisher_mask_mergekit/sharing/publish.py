@@ -10,8 +10,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from huggingface_hub.hf_api import ModelInfo
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.errors import HubError, SidecarNotFoundError
-from fisher_mask_mergekit.hub import HubReference, check_repository
+from fisher_mask_mergekit.errors import HubError, SidecarError, SidecarNotFoundError
+from fisher_mask_mergekit.hub import HubReference, check_repository, fetch
 from fisher_mask_mergekit.hub_errors import hub_errors
 from fisher_mask_mergekit.preview.peek import peek
 from fisher_mask_mergekit.sharing.card import describe, with_section, with_tags
@@ -73,7 +73,8 @@ def publish(sidecar: Sidecar, repo: str, *, create_pr: bool = False, private: bo
 
     Raises:
         SidecarMismatchError: If it was measured on other weights than the repository has.
-        HubError: If the hub refuses, or the card cannot be changed.
+        HubError: If the hub refuses, the card cannot be changed, or a repository without weights has another
+            checkpoint's sidecar already.
     """
     check_repository(repo)
     head = _head(repo, create_pr=create_pr, private=private)
@@ -87,6 +88,8 @@ def publish(sidecar: Sidecar, repo: str, *, create_pr: bool = False, private: bo
             f"{repo} has its weights in {pickled[0]}, which mergekit does not download where there is a .safetensors file\n"
             "  push to a repository of its own; recipes name it by  sidecar: hub:..."
         )
+    if compared is None:
+        _refuse_other(sidecar, repo, head)
     sidecar, notes = public(sidecar, repo, head.sha if compared else None)
     if compared is None:
         notes += (f"{repo} has no weights in safetensors, so it was not compared with any",)
@@ -115,6 +118,26 @@ def _head(repo: str, *, create_pr: bool, private: bool) -> ModelInfo:
                 raise
         HfApi().create_repo(repo, private=private or None)  # Some organisations' default is private.
         return HfApi().model_info(repo)
+
+
+def _refuse_other(sidecar: Sidecar, repo: str, head: ModelInfo) -> None:
+    """Refuse to replace the sidecar of another checkpoint; what cannot be read as one is replaced.
+
+    Raises:
+        HubError: If there is one, or it cannot be fetched.
+    """
+    if _PATH not in {file.rfilename for file in head.siblings or ()}:
+        return
+    path = fetch(HubReference(repo, _PATH, head.sha)).path
+    try:
+        there = read(path).metadata
+    except SidecarError:
+        return
+    if there.weights != sidecar.metadata.weights:
+        raise HubError(
+            f"{repo} has the sidecar of another checkpoint, {there.described_checkpoint}; it was left as it is\n"
+            f"  push that of {sidecar.metadata.described_checkpoint} to a repository of its own"
+        )
 
 
 def _card(repo: str, commit: str) -> str:
