@@ -189,7 +189,7 @@ def _replaced(job: Job) -> list[str]:
     except SidecarError:
         return []
     now = job.settings.definition()
-    other = [f"{name} {earlier[name]!r}" for name in now if earlier[name] != now[name]]
+    other = [f"{name} {value!r}" for name, value in earlier.items() if now.get(name, value) != value]
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
 

@@ -86,7 +86,8 @@ class FisherSettings(_Settings):
 
     def definition(self) -> dict[str, Any]:
         """What the numbers depend on, as JSON has it: everything, but batches only where they are squared."""
-        return self.model_dump(mode="json") | {"batch_size": self.rows if self.estimator == "batch" else None}
+        definition = self.model_dump(mode="json", exclude={"batch_size"})
+        return definition | {"batch_size": self.rows} if self.estimator == "batch" else definition
 
     @model_validator(mode="after")
     def _combinable(self) -> "FisherSettings":

@@ -145,7 +145,11 @@ def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar) -> Iterator[
     if model.settings is None:
         return
     asked, was = model.settings.definition(), sidecar.metadata.settings.definition()
-    other = [f"{name} {was[name]!r}, not {value!r}" for name, value in asked.items() if was[name] != value]
+    other = [
+        f"{name} {was[name]!r}, not {value!r}"
+        for name, value in asked.items()
+        if was.get(name, value) != value
+    ]
     if other:
         detail = f"'{sidecar.source}' was measured with {', '.join(other)}"
         yield Finding("warning", "sidecar", detail, _compute(recipe, model))
