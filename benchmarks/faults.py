@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -300,6 +301,10 @@ def main() -> None:
             import_module(heavy)  # So that no child has to.
         from fisher_mask_mergekit import store
 
+        # The progress bars' own lock is one for all forks: one killed in it would keep the others waiting for ever.
+        bars = import_module("tqdm").tqdm
+        bars.set_lock(threading.RLock())
+        bars.monitor_interval = 0
         # Sidecars go into the cache, as for somebody who may not write beside the checkpoints.
         stack.enter_context(patch.object(store, "destination", store.cached))
         chance = random.Random(given.seed)
