@@ -38,12 +38,13 @@ def rounding(dtype: WeightDtype) -> float:
     return max(torch.finfo(getattr(torch, dtype)).eps ** 0.5, torch.finfo(torch.float32).eps)
 
 
-def refuted(stored: Tensor, again: Tensor, share: float, slack: float) -> Tensor:
+def refuted(stored: Tensor, again: Tensor, share: float, slack: float, floor: float = 0.0) -> Tensor:
     r"""Where a stored mean over N samples cannot be that, given the mean over K of them.
 
     .. math:: \sqrt{I} < \sqrt{K / N} \, (r - t (r + \bar r)), \qquad r = \sqrt{I'}
 
-    with :math:`I'` the mean over the K samples, :math:`\bar r` the root of its mean over the vector and t the slack. With
+    with :math:`I'` the mean over the K samples, :math:`\bar r` the root of its mean over the vector, or the floor if that
+    is more, and t the slack. With
     K = N also where :math:`\sqrt{I} > r + t (r + \bar r)`. Roots, because rounding that moves the samples' gradients by
     some root mean square moves the root by no more than that (the triangle inequality).
 
@@ -52,12 +53,14 @@ def refuted(stored: Tensor, again: Tensor, share: float, slack: float) -> Tensor
         again: I', of the same shape.
         share: K / N.
         slack: t.
+        floor: A root mean square gradient of the model's; for vectors of which rounding may be all there is, as of a
+            key's bias, which the softmax takes out.
 
     Returns:
         Boolean, of the same shape.
     """
     kept, root = stored.double().sqrt(), again.double().sqrt()
-    margin = slack * (root + again.double().mean().sqrt())
+    margin = slack * (root + again.double().mean().sqrt().clamp(min=floor))
     low = kept < share**0.5 * (root - margin)
     return low | (kept > root + margin) if share == 1 else low
 
@@ -182,13 +185,14 @@ def _loaded_values(sidecar: AnySidecar, values: Mapping[str, Tensor]) -> Iterato
 def _numbers(sidecar: AnySidecar, found: Measured, count: int) -> Check:
     metadata = sidecar.metadata
     share, slack = count / metadata.samples, rounding(metadata.settings.dtype)
+    floor = _root_mean(found.fisher) if isinstance(found.fisher, DiagonalFisher) else 0.0
     wrong, total, likeness = [], 0, {}
     for name, stored, again in _vectors(sidecar, found.fisher):
         total += stored.numel()
         if stored.shape != again.shape:
             wrong.append(f"{name}: stored as {list(stored.shape)}, measured again it is {list(again.shape)}")
             continue
-        bad = refuted(stored, again, share, slack)
+        bad = refuted(stored, again, share, slack, floor)
         if bool(bad.any()):
             wrong.append(_example(name, stored, again, bad))
         if share < 1 and not math.isnan(correlation := _correlation(stored, again)):
@@ -213,6 +217,12 @@ def _numbers(sidecar: AnySidecar, found: Measured, count: int) -> Check:
         f"none of {total:,} is below what these {count} of {metadata.samples} samples alone make of it{alike}; one that is too "
         f"high would not show. To be sure:  --recompute {metadata.samples}",
     )  # fmt: skip
+
+
+def _root_mean(found: DiagonalFisher) -> float:
+    """Over all parameters."""
+    count = sum(fisher.numel() for fisher in found.fisher.values())
+    return math.sqrt(math.fsum(float(fisher.double().sum()) for fisher in found.fisher.values()) / count)
 
 
 def _vectors(sidecar: AnySidecar, found: MaskFisher | DiagonalFisher) -> Iterator[tuple[str, Tensor, Tensor]]:

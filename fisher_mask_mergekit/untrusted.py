@@ -85,7 +85,7 @@ def read_header(file: BinaryIO, path: Path) -> bytes:
     header = file.read(min(size, MOST_HEADER_BYTES))
     if not size or len(header) < size:
         raise SidecarError(
-            f"{path} is not a whole safetensors file: it is cut short, no such file at all, or has a header of more "
+            f"{path} is not a whole safetensors file: it is cut short, something else, or has a header of more "
             f"than {MOST_HEADER_BYTES} bytes"
         )
     if header.count(b'"data_offsets"') > MOST_TENSORS:

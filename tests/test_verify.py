@@ -317,6 +317,22 @@ def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:
     assert verify(alone, code=1)["values"][0] == "not checked"
 
 
+def test_numbers_that_are_rounding_alone_refute_nothing(model: Path) -> None:
+    """The softmax takes a key's bias out: its gradients are what rounding leaves, and other batches round otherwise."""
+    folder = measure(model, Path("data.jsonl"), kind="diagonal", samples=8)
+
+    def round_otherwise(metadata: DiagonalMetadata, numbers: dict[str, Tensor]) -> DiagonalMetadata:
+        for name, values in numbers.items():
+            if name.endswith("self.key.bias"):
+                assert float(values.mean()) < 1e-9 * metadata.mean
+                values *= torch.rand(values.shape, generator=torch.Generator().manual_seed(0)) * 4
+        return metadata
+
+    rewritten(folder, round_otherwise)
+    for count in (3, 8):
+        assert verify(folder, "--recompute", count)["numbers"][0] == ("ok" if count == 8 else "plausible")
+
+
 def test_what_could_not_be_replaced_is_measured_again_all_the_same(model: Path, tmp_path: Path) -> None:
     folder = measure(model, Path("data.jsonl"), kind="diagonal", samples=4)
     (folder / "README.md").write_text("mine")
