@@ -440,6 +440,7 @@ def test_a_recipe_for_the_full_fisher_information(tmp_path: Path) -> None:
     )
     recipe.write_text(
         f"merge_method: fisher_diagonal\nmodels: [{entries}]\nbase_model: {folder}\ndtype: float32\n"
+        "fisher: {samples: 6}\n"
     )
     absent = [(one.level, one.what, one.detail) for one in check_recipe(recipe)]
     assert absent == [("error", "sidecar", f"there is none for {one}") for one in (folder, other)]
@@ -447,6 +448,11 @@ def test_a_recipe_for_the_full_fisher_information(tmp_path: Path) -> None:
         settings = FisherSettings(data=str(data), samples=6, kind="diagonal")
         compute(prepare(str(one), settings), torch.device("cpu"))
     assert check_recipe(recipe) == []
+    recipe.write_text(recipe.read_text().replace("samples: 6", "samples: 5"))
+    assert [found.detail.partition(" was ")[2] for found in check_recipe(recipe)] == [
+        "measured with samples 6, not 5"
+    ] * 2
+    recipe.write_text(recipe.read_text().replace("samples: 5", "samples: 6"))
     tiny.sibling(other, folder, seed=2)
     (found,) = check_recipe(recipe)
     assert "has other values" in found.detail

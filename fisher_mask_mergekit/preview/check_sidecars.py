@@ -89,6 +89,7 @@ def _diagonal(
         measured[model.name] = sidecar.metadata
         if peeked.readable:
             yield from _other_values(model, peeked, sidecar, _compute(recipe, model))
+        yield from _outdated(recipe, model, sidecar)
     yield from _unlike(measured, normalized)
 
 
@@ -140,7 +141,7 @@ def _misfits(
         yield from _other_revision(model, peeked.checkpoint.revision, sidecar, remedy)
 
 
-def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar) -> Iterator[Finding]:
+def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar | DiagonalSidecar) -> Iterator[Finding]:
     """Whether the recipe asks for another measurement by now."""
     if model.settings is None:
         return
