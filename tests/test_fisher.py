@@ -156,7 +156,9 @@ def test_batches_that_do_not_fit_into_memory_run_in_halves_and_every_sample_coun
 
     def widened(tensor: Tensor) -> Tensor:  # Of the losses, when every backward pass is over.
         if moment == "sums" and tensor.ndim == 1:
-            full(tensor, 1)
+            tried.append(len(tensor))
+            if len(tensor) == 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
         return double(tensor)
 
     monkeypatch.setattr(Tensor, "double", widened)

@@ -328,22 +328,23 @@ def publish(user: User, measured: Path) -> None:
 
 def test_what_one_pushes_another_merges_with(newcomer: User, measured: Path, folders: Path) -> None:
     """By the installed commands: a recipe that names sidecars in a repository of their own, pinned."""
-    newcomer.hub.repositories["models/org/sidecars"] = Repository("org/sidecars")
-    newcomer.hub.repositories["models/org/sidecars"].commit({})
     recipe = RECIPE
     for name in ("org/bert-a", "org/bert-b"):
+        repository = Repository(f"{name}-sidecar")
+        newcomer.hub.repositories[f"models/{name}-sidecar"] = repository
+        repository.commit({})
         done = newcomer.run(
             "mergekit-fisher",
             *(
                 "push",
                 str(measured / newcomer.sidecar(name).relative_to(newcomer.home)),
                 "--repo",
-                "org/sidecars",
+                f"{name}-sidecar",
             ),
             HF_TOKEN=newcomer.hub.token,
         )
         url, reference = done.stdout.splitlines()
-        assert url.startswith(f"{newcomer.endpoint}/org/sidecars/commit/")
+        assert url.startswith(f"{newcomer.endpoint}/{name}-sidecar/commit/")
         recipe = re.sub(rf"model: {name}.*", rf"\g<0>\n    parameters: {{sidecar: '{reference}'}}", recipe)
     (newcomer.home / "recipe.yml").write_text(recipe)
     newcomer.run("mergekit-yaml", "recipe.yml", "out")
