@@ -80,7 +80,7 @@ def lie_apart(
             apart &= single.ends.keys() <= seen.keys()
             for place, ends in seen.items():
                 apart &= _is_alike(ends and ends[position > 0], single.ends.get(place), eps)
-    return apart and (gradients.one_by_one or gradients.fits(task, parts[0]))
+    return apart and (gradients.tally.one_by_one or gradients.fits(task, parts[0]))
 
 
 def _is_alike(chunk: _Glimpse | None, alone: tuple[_Glimpse, _Glimpse] | None, eps: float) -> bool:

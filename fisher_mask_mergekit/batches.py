@@ -96,6 +96,7 @@ def padded_batches(
     limits: Limit | Iterator[Limit],
     by_length: bool,
     device: torch.device,
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """Pad on the right and batch.
 
@@ -106,11 +107,13 @@ def padded_batches(
         by_length: Whether to put samples of like length together, longest first, instead of in the
             order drawn: less padding, and a lack of memory shows at once.
         device: Where the batches go.
+        skip: How many samples of that order to leave out at its beginning. Where a batch ended there, and all may hold
+            the same, those after it are the batches that they would be without.
     """
     limits = repeat(limits) if isinstance(limits, Limit) else limits
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
     order = sorted(widths, key=lambda index: -widths[index]) if by_length else list(widths)
-    start = 0
+    start = skip
     while start < len(order):
         limit, stop, width = next(limits), start + 1, widths[order[start]]
         while stop < len(order):

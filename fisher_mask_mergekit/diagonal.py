@@ -1,6 +1,6 @@
 """The full diagonal Fisher information: one value per parameter."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fisher_mask_mergekit.blocks import wide_dtype
 from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients
 from fisher_mask_mergekit.errors import MeasurementError
-from fisher_mask_mergekit.passes import frozen, run_samples
+from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Labels
+from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch, Task
 
 
@@ -42,7 +43,9 @@ def diagonal_fisher(
     *,
     labels: Labels = "data",
     seed: int = 0,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
+    tally: Tally[str] | None = None,
+    on_batch: Callable[[Batch, Tally[str]], None] = lambda batch, tally: None,
+    settle: Settle[str] = lambda tally: tally,
 ) -> DiagonalFisher:
     r"""Diagonal Fisher information of a model's parameters.
 
@@ -66,7 +69,9 @@ def diagonal_fisher(
         task: What the loss is.
         labels: As in :func:`~fisher_mask_mergekit.fisher.mask_fisher`.
         seed: For ``sampled``.
-        on_batch: Called after every batch.
+        tally: What was summed over samples before, to go on from; added to in place.
+        on_batch: Called after every batch, with what was summed up to there.
+        settle: Called after the last batch; what it returns is made means of, in place.
 
     Returns:
         The Fisher information, zero for a parameter that no gradient reaches, and what else was seen.
@@ -77,20 +82,23 @@ def diagonal_fisher(
 
     Reference: Matena and Raffel 2022, arXiv 2111.09832.
     """
-    gradients = DiagonalGradients(model, _floating(model))
+    gradients = DiagonalGradients(model, _floating(model), tally or Tally())
     with frozen(model), gradients.attached():
-        totals = run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
-    fisher = {}
-    for name, parameter in gradients.parameters.items():
-        total = gradients.sums.pop(name, None)
+        run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
+    return _means(settle(gradients.tally), gradients.parameters)
+
+
+def _means(tally: Tally[str], parameters: Mapping[str, nn.Parameter]) -> DiagonalFisher:
+    if tally.samples == 0:
+        raise no_sample()
+    samples, fisher = tally.samples, {}
+    for name, parameter in parameters.items():
+        total = tally.sums.pop(name, None)
         if total is None:
             total = torch.zeros_like(parameter, dtype=wide_dtype(parameter))
         _check_finite(total, name)
-        fisher[name] = total.div_(totals.samples)
-    samples = totals.samples
-    return DiagonalFisher(
-        fisher, samples, totals.loss / samples, totals.correct / samples, gradients.one_by_one
-    )
+        fisher[name] = total.div_(samples)
+    return DiagonalFisher(fisher, samples, tally.loss / samples, tally.correct / samples, tally.one_by_one)
 
 
 def _floating(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,6 +21,7 @@ from fisher_mask_mergekit.layer_gradients import (
     own_parameters,
     per_sample,
 )
+from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
@@ -31,8 +32,7 @@ class DiagonalGradients:
     Attributes:
         model: The model.
         parameters: What is measured.
-        one_by_one: Whether samples run one at a time.
-        sums: Over all samples.
+        tally: What was summed so far.
         samples: B of the forward pass.
         seen: If not None, gets what modules are given and give.
         uses: How often a parameter enters what its modules give, in a forward pass that only counts.
@@ -40,8 +40,7 @@ class DiagonalGradients:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    one_by_one: bool = False
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    tally: Tally[str] = field(default_factory=Tally)
     samples: int = 1
     seen: Seen | None = None
     uses: Counter[str] | None = None
@@ -68,6 +67,8 @@ class DiagonalGradients:
                 hook = partial(self._after, path)
                 self._hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         try:
+            if self.tally.one_by_one:
+                self.separate()
             yield self
         finally:
             self._hooks.close()
@@ -97,7 +98,7 @@ class DiagonalGradients:
     def separate(self) -> None:
         """From now on samples run one at a time, and autograd gives the gradients."""
         self._hooks.close()
-        self.one_by_one = True
+        self.tally.one_by_one = True
         for name, parameter in self.parameters.items():
             self._hooks.callback(setattr, parameter, "grad", parameter.grad)
             self._hooks.callback(parameter.requires_grad_, False)
@@ -219,10 +220,11 @@ class DiagonalGradients:
     def _sum(self, name: str) -> Tensor:
         """What to add to."""
         self._added = True
-        if name not in self.sums:
+        sums = self.tally.sums
+        if name not in sums:
             parameter = self.parameters[name]
-            self.sums[name] = torch.zeros_like(parameter, dtype=wide_dtype(parameter), requires_grad=False)
-        return self.sums[name]
+            sums[name] = torch.zeros_like(parameter, dtype=wide_dtype(parameter), requires_grad=False)
+        return sums[name]
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.mask_gradients import MaskGradients
-from fisher_mask_mergekit.passes import frozen, run_samples
+from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Estimator, Labels, MaskPlacement
 from fisher_mask_mergekit.sites import NodeKey, Site, stack_of
+from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch, Task
 
 
@@ -47,7 +48,9 @@ def mask_fisher(
     mask_placement: MaskPlacement = "post",
     seed: int = 0,
     recompute: bool = False,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
+    tally: Tally[NodeKey] | None = None,
+    on_batch: Callable[[Batch, Tally[NodeKey]], None] = lambda batch, tally: None,
+    settle: Settle[NodeKey] = lambda tally: tally,
 ) -> MaskFisher:
     r"""Diagonal Fisher information of the mask nodes.
 
@@ -85,7 +88,9 @@ def mask_fisher(
         seed: For ``sampled``.
         recompute: Run every layer again in the backward pass instead of keeping its activations: less
             memory, about 1.5 times the time.
-        on_batch: Called after every batch.
+        tally: What was summed over samples before, to go on from; added to in place.
+        on_batch: Called after every batch, with what was summed up to there.
+        settle: Called after the last batch; what it returns is made means of.
 
     Returns:
         The Fisher information and what else was seen of the samples.
@@ -98,14 +103,19 @@ def mask_fisher(
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
     sites = tuple(sites)
-    gradients = MaskGradients(model, sites, mask_placement, estimator, recompute)
+    gradients = MaskGradients(model, sites, mask_placement, estimator, recompute, tally or Tally())
     with frozen(model), gradients.attached():
-        totals = run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
-    sums = gradients.sums
+        run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
+    return _means(settle(gradients.tally), sites, estimator)
+
+
+def _means(tally: Tally[NodeKey], sites: tuple[Site, ...], estimator: Estimator) -> MaskFisher:
+    if tally.samples == 0:
+        raise no_sample()
+    sums, samples = tally.sums, tally.samples
     for key, total in sums.items():  # In backward order: the first that is bad is where it began.
         _check_finite(total, key)
     unreached = _unreached(sites, sums)
-    samples = totals.samples
     scale = 1 if estimator == "batch" else samples
     like = next(iter(sums.values()))
     fisher = {}
@@ -114,7 +124,7 @@ def mask_fisher(
             key = site.output, node
             fisher[key] = sums[key] / scale if key in sums else like.new_zeros(shape)
     return MaskFisher(
-        fisher, samples, totals.loss / samples, totals.correct / samples, gradients.one_by_one, unreached
+        fisher, samples, tally.loss / samples, tally.correct / samples, tally.one_by_one, unreached
     )
 
 

@@ -16,6 +16,7 @@ from fisher_mask_mergekit.expert_gradients import Routing, can_run, run_experts,
 from fisher_mask_mergekit.recompute import LayerRun, layer_path, recomputed, replaced
 from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
+from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
@@ -29,14 +30,13 @@ class MaskGradients:
         placement: Of the neuron masks.
         estimator: What is summed: squares, or squares of a batch's mean.
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
-        one_by_one: Whether samples run one at a time; so they do if experts' weights are all there is to see.
+        tally: What was summed so far. Samples run one at a time if experts' weights are all there is to see.
         samples: B of the last forward pass; hooks keep the one they were made in.
         tokens: Of each sample, as experts are given them; likewise.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
         pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
         means: The batch's gradients so far, for the batch estimator.
-        sums: Over all samples, or batches.
         seen: If not None, gets what a forward pass gives each site.
         watched: The sites' activations in a forward pass, in the order that they ran; None for what is still to
             be computed again.
@@ -49,20 +49,19 @@ class MaskGradients:
     placement: MaskPlacement
     estimator: Estimator
     recompute: bool = False
-    one_by_one: bool = False
+    tally: Tally[NodeKey] = field(default_factory=Tally)
     samples: int = 1
     tokens: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
     pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
-    sums: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
     watched: list[Product | None] = field(default_factory=list)
     fleeting: set[int] = field(default_factory=set)
     run_of: LayerRun | None = None
 
     def __post_init__(self) -> None:
-        self.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
+        self.tally.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
 
     @contextmanager
     def attached(self) -> Iterator["MaskGradients"]:
@@ -122,7 +121,7 @@ class MaskGradients:
 
     def separate(self) -> None:
         """From now on samples run one at a time."""
-        self.one_by_one = True
+        self.tally.one_by_one = True
 
     def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
         """Add up the squares of one backward pass; for the batch estimator, its gradients."""
@@ -134,7 +133,7 @@ class MaskGradients:
 
     def keep(self) -> None:
         """Add what is pending to the sums; to the means for the batch estimator."""
-        totals = self.means if self.estimator == "batch" else self.sums
+        totals = self.means if self.estimator == "batch" else self.tally.sums
         added = {key: totals.get(key, 0) + total for key, total in self.pending.items()}
         totals.update(added)  # All of them, or none where memory lacks.
         self.watched.clear()
@@ -145,8 +144,9 @@ class MaskGradients:
 
     def end_batch(self, samples: int) -> None:
         """Add the squared mean of the batch, if that is what the estimator squares."""
+        sums = self.tally.sums
         for key, total in self.means.items():
-            self.sums[key] = self.sums.get(key, 0) + (total / samples).square()
+            sums[key] = sums.get(key, 0) + (total / samples).square()
         self.means.clear()
 
     def _before_output(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

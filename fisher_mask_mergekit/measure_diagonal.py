@@ -23,6 +23,7 @@ from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.recognition import probe
+from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -71,13 +72,29 @@ def measure(
     device: torch.device,
     limits: Iterator[Limit],
     recompute: bool,
-    on_batch: Callable[[Batch], None],
+    tally: Tally[str] | None,
+    on_batch: Callable[[Batch, Tally[str]], None],
+    settle: Settle[str],
 ) -> DiagonalFisher:
     """Run the samples. Activations are never computed again: every module's input is needed in its turn."""
-    batches = padded_batches(inputs.encoded, inputs.tokenizer, limits=limits, by_length=True, device=device)
+    batches = padded_batches(
+        inputs.encoded,
+        inputs.tokenizer,
+        limits=limits,
+        by_length=True,
+        device=device,
+        skip=tally.samples if tally else 0,
+    )
     settings = job.settings
     return diagonal_fisher(
-        model, batches, job.task, labels=settings.labels, seed=settings.seed, on_batch=on_batch
+        model,
+        batches,
+        job.task,
+        labels=settings.labels,
+        seed=settings.seed,
+        tally=tally,
+        on_batch=on_batch,
+        settle=settle,
     )
 
 

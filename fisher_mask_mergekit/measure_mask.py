@@ -15,8 +15,9 @@ from fisher_mask_mergekit.layout_check import check_layout
 from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, write
-from fisher_mask_mergekit.sites import stack_of
+from fisher_mask_mergekit.sites import NodeKey, stack_of
 from fisher_mask_mergekit.skeleton import sites_in
+from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -44,7 +45,9 @@ def measure(
     device: torch.device,
     limits: Iterator[Limit],
     recompute: bool,
-    on_batch: Callable[[Batch], None],
+    tally: Tally[NodeKey] | None,
+    on_batch: Callable[[Batch, Tally[NodeKey]], None],
+    settle: Settle[NodeKey],
 ) -> MaskFisher:
     """Run the samples."""
     settings = job.settings
@@ -59,7 +62,7 @@ def measure(
     check_layout(model, job.task, next(batched(limits=Limit(rows=1))), sites)
     return mask_fisher(
         model,
-        batched(limits=limits),
+        batched(limits=limits, skip=tally.samples if tally else 0),
         sites,
         job.task,
         labels=settings.labels,
@@ -67,7 +70,9 @@ def measure(
         mask_placement=settings.mask_placement,
         seed=settings.seed,
         recompute=recompute,
+        tally=tally,
         on_batch=on_batch,
+        settle=settle,
     )
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fisher_mask_mergekit.apart import Seen, lie_apart
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.settings import Labels
+from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
@@ -22,8 +23,8 @@ class Gradients(Protocol):
         """The model, in evaluation mode."""
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether samples must run one at a time."""
+    def tally(self) -> Tally[Any]:
+        """What was summed so far, added to in place."""
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass; it fills ``seen`` with what must hold the samples one after the other.
@@ -56,21 +57,6 @@ class Gradients(Protocol):
         """A whole batch has run."""
 
 
-@dataclass
-class Totals:
-    """What was seen of the samples.
-
-    Attributes:
-        samples: N.
-        loss: Sum over samples of their negative log-likelihood, in nats.
-        correct: Sum over samples of the share of their predictions that are right.
-    """
-
-    samples: int = 0
-    loss: float = 0.0
-    correct: float = 0.0
-
-
 def run_samples(
     gradients: Gradients,
     batches: Iterable[Batch],
@@ -78,17 +64,16 @@ def run_samples(
     *,
     labels: Labels,
     seed: int,
-    on_batch: Callable[[Batch], None],
-) -> Totals:
-    """One forward pass per batch and one backward pass per outcome that the labels ask for.
+    on_batch: Callable[[Batch, Tally[Any]], None],
+) -> None:
+    """One forward pass per batch and one backward pass per outcome that the labels ask for; the tally grows by each.
 
     The first batch of more than one sample, and the first that is padded, decide whether the samples lie
     apart in it; else they run one at a time from then on. A batch that does not fit into memory runs in halves,
     and so does what is as large from then on.
 
     Raises:
-        MeasurementError: If there is no sample, a loss is not finite, or a sample gives something else by
-            itself than in its batch.
+        MeasurementError: If a loss is not finite, or a sample gives something else by itself than in its batch.
         torch.OutOfMemoryError: If there is no memory for a single sample.
     """
     run = _Run(gradients, task, labels, seed)
@@ -96,41 +81,33 @@ def run_samples(
         parts = [batch]
         while parts:
             part = parts.pop(0)
-            if gradients.one_by_one and len(part.index) > 1:
+            if gradients.tally.one_by_one and len(part.index) > 1:
                 parts = [*part.split(), *parts]
             elif run.is_too_large(part):
                 parts = [*part.halves(), *parts]
             else:
                 parts = [*run.attempt(part), *parts]
         gradients.end_batch(len(batch.index))
-        on_batch(batch)
-    if run.totals.samples == 0:
-        raise MeasurementError("there is no sample to measure on")
-    return run.totals
+        on_batch(batch, gradients.tally)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
-    """The samples that have run.
-
-    Attributes:
-        checked: Samples of the batch that was looked into: whether they lie apart.
-        checked_padded: Whether one was padded.
-        too_large: The size of the smallest batch that did not fit into memory.
-    """
+    """How samples run."""
 
     gradients: Gradients
     task: Task
     labels: Labels
     seed: int
-    totals: Totals = field(default_factory=Totals)
-    checked: int = 0
-    checked_padded: bool = False
-    too_large: int | None = None
+
+    @property
+    def tally(self) -> Tally[Any]:
+        return self.gradients.tally
 
     def is_too_large(self, batch: Batch) -> bool:
         """Whether one of no more than this size did not fit."""
-        return len(batch.index) > 1 and self.too_large is not None and batch.size >= self.too_large
+        smallest = self.tally.too_large
+        return len(batch.index) > 1 and smallest is not None and batch.size >= smallest
 
     def attempt(self, batch: Batch) -> Sequence[Batch]:
         """Run samples. Returns what is left to run: all of them where not all ran."""
@@ -139,22 +116,23 @@ class _Run:
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(batch.index) == 1 or not self.gradients.can_forget():
                 raise
-            self.too_large = batch.size
+            self.tally.too_large = batch.size
         return batch.halves()
 
     def _run(self, batch: Batch) -> bool:
         """Run samples, unless they turn out not to lie apart."""
         several = len(batch.index) > 1
-        padded = several and not self.checked_padded and _is_padded(batch)
-        check = self.checked == 0 or (self.checked == 1 and several) or padded
+        tally = self.tally
+        padded = several and not tally.checked_padded and _is_padded(batch)
+        check = tally.checked == 0 or (tally.checked == 1 and several) or padded
         seen = Seen(len(batch.index)) if check else None
         likelihood = self.gradients.run(self.task, batch, seen)
         if seen is not None:
             apart = lie_apart(self.gradients, self.task, batch, likelihood, seen.ends)
-            self.checked, self.checked_padded = len(batch.index), self.checked_padded or padded
-            if not apart and not self.gradients.one_by_one:
+            tally.checked, tally.checked_padded = len(batch.index), tally.checked_padded or padded
+            if not apart and not tally.one_by_one:
                 self.gradients.separate()
-                self.checked = 0
+                tally.checked = 0
                 return False
         losses = likelihood.losses().detach()
         _check_losses(losses, batch)
@@ -162,9 +140,9 @@ class _Run:
             self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
         loss, correct = float(losses.double().sum()), float(likelihood.correct().sum())
         self.gradients.keep()  # From here on nothing can fail: these samples count.
-        self.totals.samples += len(losses)
-        self.totals.loss += loss
-        self.totals.correct += correct
+        tally.samples += len(losses)
+        tally.loss += loss
+        tally.correct += correct
         return True
 
 
@@ -172,6 +150,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no memory left; a processor's allocator and MPS raise no error of their own for it."""
     told = "can't allocate memory" in str(error) or "out of memory" in str(error)
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+def no_sample() -> MeasurementError:
+    """The error where nothing has run."""
+    return MeasurementError("there is no sample to measure on")
 
 
 def _is_padded(batch: Batch) -> bool:

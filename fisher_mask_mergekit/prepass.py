@@ -23,6 +23,7 @@ from fisher_mask_mergekit.execution import batch_limits, check_options, model_er
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
 from fisher_mask_mergekit.sidecar import Measurement
+from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -104,7 +105,8 @@ def compute(
         replaced = _replaced(job)
         found = measure(
             job, job.inputs, device,
-            batch_tokens=batch_tokens, recompute=recompute, on_start=on_start, on_batch=on_batch,
+            batch_tokens=batch_tokens, recompute=recompute, on_start=on_start,
+            on_batch=lambda batch, tally: on_batch(batch),
         )  # fmt: skip
         return _save(job, found, device, replaced)
 
@@ -130,8 +132,10 @@ def measure(
     *,
     batch_tokens: int | None = None,
     recompute: bool = False,
+    tally: Tally[Any] | None = None,
     on_start: Callable[[int], None] = lambda samples: None,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
+    on_batch: Callable[[Batch, Tally[Any]], None] = lambda batch, tally: None,
+    settle: Settle[Any] = lambda tally: tally,
 ) -> Measured:
     """Load a checkpoint and run samples through it; nothing is written.
 
@@ -141,8 +145,10 @@ def measure(
         device: Where to run.
         batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
-        on_start: Called with the number of samples before the first batch.
-        on_batch: Called after every batch.
+        tally: What was summed over the first of the samples before, in the order that batches have them.
+        on_start: Called before the first batch with the number of samples that are to run.
+        on_batch: Called after every batch, with what was summed up to there.
+        settle: Called after the last batch; what it returns is made means of.
 
     Raises:
         FisherMaskError: On bad input.
@@ -154,11 +160,13 @@ def measure(
     if lacking := lacks_for_padding(inputs.tokenizer):
         rows = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
-    on_start(len(inputs.encoded.samples))
+    on_start(len(inputs.encoded.samples) - (tally.samples if tally else 0))
     started = time.perf_counter()
     limits = batch_limits(job.settings, rows, batch_tokens, device)
     with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(job.settings)):
-        fisher = kind.measure(job, inputs, model.to(device), device, limits, recompute, on_batch)
+        fisher = kind.measure(
+            job, inputs, model.to(device), device, limits, recompute, tally, on_batch, settle
+        )
     seconds = time.perf_counter() - started
     if fisher.one_by_one and rows != 1:
         notes.append(

@@ -120,7 +120,7 @@ def remeasure(
     encoded = job.inputs.encoded
     first = dict(list(encoded.samples.items())[:count])
     inputs = replace(job.inputs, encoded=replace(encoded, samples=first))
-    found = measure(job, inputs, device, on_start=on_start, on_batch=on_batch)
+    found = measure(job, inputs, device, on_start=on_start, on_batch=lambda batch, tally: on_batch(batch))
     yield from _loaded_values(sidecar, found.values)
     yield _numbers(sidecar, found, count)
 

@@ -164,7 +164,8 @@ def test_batches_that_do_not_fit_into_memory_run_in_halves_and_every_sample_coun
     monkeypatch.setattr(Tensor, "double", widened)
     seen: list[int] = []
     got = mask_fisher(
-        model, tiny.batches(drawn, 8), sites, tiny.TASK, labels=labels, on_batch=lambda batch: seen.append(len(batch.index))
+        model, tiny.batches(drawn, 8), sites, tiny.TASK, labels=labels,
+        on_batch=lambda batch, tally: seen.append(len(batch.index)),
     )  # fmt: skip
     assert {8, 4} <= set(tried)
     assert seen == [8]

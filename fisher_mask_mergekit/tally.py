@@ -1,0 +1,39 @@
+"""What was summed over samples so far: enough to go on from, to add to another's, and to make means of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+Key = TypeVar("Key")
+
+
+@dataclass
+class Tally(Generic[Key]):
+    """Sums over samples, and in what manner the samples run.
+
+    Attributes:
+        sums: Of squared gradients, over samples (over batches, for the batch estimator), by what has them: a site's
+            node, or a parameter. What no gradient has reached yet is not there.
+        samples: N. Batches come in a fixed order, so it is the first N of that order that count.
+        loss: Sum over samples of their negative log-likelihood, in nats.
+        correct: Sum over samples of the share of their predictions that are right.
+        one_by_one: Whether samples run one at a time.
+        checked: Samples of the batch that was looked into: whether they lie apart.
+        checked_padded: Whether one was padded.
+        too_large: The size of the smallest batch that did not fit into memory.
+    """
+
+    sums: dict[Key, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    one_by_one: bool = False
+    checked: int = 0
+    checked_padded: bool = False
+    too_large: int | None = None
+
+
+Settle = Callable[[Tally[Key]], Tally[Key]]
+"""Given what was summed here once all has run, what the means are made of; of several processes, over all of them."""
