@@ -104,6 +104,9 @@ def mask_fisher(
     """
     sites = tuple(sites)
     gradients = MaskGradients(model, sites, mask_placement, estimator, recompute, tally or Tally())
+    gradients.tally.check_shapes(
+        {(site.output, node): shape for site in sites for node, shape in site.nodes().items()}
+    )
     with frozen(model), gradients.attached():
         run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
     return _means(settle(gradients.tally), sites, estimator)

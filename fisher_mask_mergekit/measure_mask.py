@@ -90,6 +90,11 @@ def save(job: Job, measured: MaskFisher, values: dict[str, Tensor], facts: dict[
     return sidecar
 
 
+def keys(job: Job) -> dict[str, NodeKey]:
+    """What is summed, by the names that a sidecar has for it."""
+    return {f"{site.output}.{node}": (site.output, node) for site in job.sites for node in site.nodes()}
+
+
 def notes(measured: MaskFisher) -> list[str]:
     """What the user should know of this measurement."""
     if not measured.unreached:

@@ -1,13 +1,12 @@
 """The pre-pass: a job in, one sidecar out."""
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,12 @@ from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
+from fisher_mask_mergekit.request import device_name, request_of, versions
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
+from fisher_mask_mergekit.untrusted import MOST_SIDECAR_BYTES
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def compute(
     *,
     batch_tokens: int | None = None,
     recompute: bool = False,
+    checkpoint_every: float = EVERY,
     on_wait: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Outcome:
@@ -82,7 +86,10 @@ def compute(
         device: Where to run.
         batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        checkpoint_every: Seconds from one writing of the sums so far to the next; 0 for never, and for beginning anew
+            whatever an interrupted run left.
         on_wait: Called before waiting for another process.
+        on_note: Called with what the user should know while it runs.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
 
@@ -103,12 +110,39 @@ def compute(
             return _served(job, other)
         assert job.inputs is not None
         replaced = _replaced(job)
+        sums = PartialSums(
+            job.target,
+            partial(request_of, job, job.inputs, device, batch_tokens, recompute),
+            _kind(job).keys(job),
+            len(job.inputs.encoded.samples),
+            checkpoint_every or math.inf,
+            on_note,
+        )
+        begun = None
+        if job.force and sums.path.is_file():
+            on_note(
+                f"beginning anew: --force; what an interrupted run summed ({sums.path}) is left out of account"
+            )
+        elif checkpoint_every:
+            begun = sums.begin(_most_bytes(job))
+
+        def keep(batch: Batch, tally: Tally[Any]) -> None:
+            sums.keep(tally, partial(_check_unchanged, job))
+            on_batch(batch)
+
         found = measure(
             job, job.inputs, device,
-            batch_tokens=batch_tokens, recompute=recompute, on_start=on_start,
-            on_batch=lambda batch, tally: on_batch(batch),
+            batch_tokens=batch_tokens, recompute=recompute, tally=begun, on_start=on_start, on_batch=keep,
         )  # fmt: skip
-        return _save(job, found, device, replaced)
+        outcome = _save(job, found, device, replaced)
+        if checkpoint_every:
+            sums.remove()
+        return outcome
+
+
+def _most_bytes(job: Job) -> int:
+    """Of partial sums, which may be as large as a model in float64."""
+    return MOST_SIDECAR_BYTES + 8 * sum(size for _, size, _ in job.files.values())
 
 
 def _served(job: Job, sidecar: AnySidecar) -> Outcome:
@@ -160,6 +194,8 @@ def measure(
     if lacking := lacks_for_padding(inputs.tokenizer):
         rows = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
+    if tally:
+        tally.sums = {key: total.to(device) for key, total in tally.sums.items()}
     on_start(len(inputs.encoded.samples) - (tally.samples if tally else 0))
     started = time.perf_counter()
     limits = batch_limits(job.settings, rows, batch_tokens, device)
@@ -184,6 +220,7 @@ def _check_unchanged(job: Job) -> None:
     now = file_states(job.checkpoint)
     changed = sorted(name for name in {**job.files, **now} if job.files.get(name) != now.get(name))
     if changed:
+        store.partial_path(job.target).unlink(missing_ok=True)  # Nobody knows of which state the sums are.
         raise CheckpointError(
             f"{job.checkpoint.name} changed while it was measured ({', '.join(changed[:3])}); nothing was written. "
             "Run the command again when its files stay as they are"
@@ -219,8 +256,8 @@ def _facts(
         "truncated": inputs.encoded.truncated,
         "accuracy": None if math.isnan(measured.accuracy) else measured.accuracy,
         "loss": measured.loss,
-        "versions": _versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": versions(),
+        "device": device_name(device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -262,8 +299,3 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
     if not job.elsewhere and preferred != path:
         notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
     return notes
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")
-    return {library: version(library) for library in libraries} | {"python": platform.python_version()}

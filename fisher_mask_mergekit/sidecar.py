@@ -124,7 +124,7 @@ class Measurement(Record):
         )
 
 
-AnyMeasurement = TypeVar("AnyMeasurement", bound=Measurement)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class Metadata(Measurement):
@@ -293,7 +293,7 @@ def check_version(path: Path, version: Any, known: int) -> None:
         )
 
 
-def parse(kind: type[AnyMeasurement], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyMeasurement:
+def parse(kind: type[AnyRecord], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyRecord:
     """Metadata that is whole and as it must be.
 
     Args:

@@ -106,6 +106,14 @@ def compute(
             "--recompute", help="Run layers a second time instead of keeping their activations: less memory."
         ),
     ] = False,
+    checkpoint_every: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="How often to save the sums so far, for the same command to go on from if it is interrupted; 0: never.",
+        ),
+    ] = 60,
     device: Device = None,
     out: Annotated[
         Path | None,
@@ -166,6 +174,8 @@ def compute(
                     where,
                     batch_tokens=batch_tokens,
                     recompute=recompute,
+                    checkpoint_every=checkpoint_every,
+                    on_note=partial(_say_of, name),
                     on_wait=partial(
                         say, f"{name}: waiting for another process that measures into {job.target}"
                     ),
@@ -256,6 +266,10 @@ def _parse_json(text: str, option: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise RecipeError(f"{option}: not JSON: {error}, got '{text}'") from error
+
+
+def _say_of(name: str, note: str) -> None:
+    say(f"{name}: {note}")
 
 
 def _report(name: str, outcome: "Outcome") -> None:
