@@ -1,6 +1,6 @@
 """From samples to batches: tokens, then padding."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -59,6 +59,13 @@ class EncodedSamples:
     samples: dict[int, Encoded]
     truncated: int
     left_out: int
+
+    def part(self, is_in: Callable[[int], bool]) -> "EncodedSamples":
+        """Only the samples at some places among these."""
+        samples = {
+            index: sample for place, (index, sample) in enumerate(self.samples.items()) if is_in(place)
+        }
+        return EncodedSamples(samples, sum(one.truncated for one in samples.values()), self.left_out)
 
 
 def encode_samples(samples: Samples, task: Task, how: Tokenization) -> EncodedSamples:

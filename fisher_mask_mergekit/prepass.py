@@ -269,7 +269,11 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
     if data.rows < asked:
         notes.append(f"{job.settings.data} has {data.rows} rows, {asked} were asked for: used all")
     drawn = min(asked, data.rows)
-    if metadata.samples < drawn:
+    if (share := job.settings.share) is not None:
+        notes.append(
+            f"{path} is share {share}; when all are measured, add them up:  mergekit-fisher combine SHARE... --out SIDECAR"
+        )
+    elif metadata.samples < drawn:
         notes.append(
             f"{drawn - metadata.samples} of {drawn} samples held nothing to predict within {metadata.max_length} tokens "
             "and were left out"
@@ -296,6 +300,6 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
             "compare them, and use label_map."
         )
     preferred = store.find(job.checkpoint, job.settings.kind)
-    if not job.elsewhere and preferred != path:
+    if not job.elsewhere and share is None and preferred != path:
         notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
     return notes

@@ -125,6 +125,11 @@ def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
     return cached(checkpoint, kind)
 
 
+def of_share(path: Path, share: str | None) -> Path:
+    """Where the sidecar of a share ``K/N`` goes, where that of all samples goes to ``path``: ``NAME-K-of-N``."""
+    return path.with_stem(f"{path.stem}-{share.replace('/', '-of-')}") if share else path
+
+
 @contextmanager
 def alone(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Keep other processes from writing to ``path`` meanwhile; clears away what killed ones left half-written of it.

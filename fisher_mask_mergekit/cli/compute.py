@@ -86,6 +86,13 @@ def compute(
             help="Squared per-sample gradients, or the released code's squared batch gradients. [default: sample]"
         ),
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Measure the K-th of N shares of the samples only, for mergekit-fisher combine. [default: all]",
+        ),
+    ] = None,
     mask_placement: Annotated[
         Literal["post", "pre"] | None,
         typer.Option(help="Neuron mask after or before the activation. [default: post]"),
@@ -137,6 +144,7 @@ def compute(
         "label": label,
         "max_length": max_length,
         "batch_size": batch_size,
+        "share": share,
         "estimator": estimator,
         "mask_placement": mask_placement,
         "labels": labels,
@@ -194,7 +202,7 @@ def _requests(
     from fisher_mask_mergekit import hub
     from fisher_mask_mergekit.recipe import KIND_OF_METHOD, describe, read_recipe
     from fisher_mask_mergekit.settings import FisherSettings
-    from fisher_mask_mergekit.store import expanded
+    from fisher_mask_mergekit.store import expanded, of_share
 
     if Path(target).suffix not in (".yml", ".yaml") and not Path(target).is_file():
         if "data" not in overrides:
@@ -228,7 +236,8 @@ def _requests(
     for model in measurable:
         assert model.settings is not None
         path = paths.get(model.name)
-        yield model.name, model.settings, out or (expanded(path) if path else None)
+        share = model.settings.share
+        yield model.name, model.settings, out or (of_share(expanded(path), share) if path else None)
 
 
 def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
