@@ -128,7 +128,7 @@ class PartialSums(Generic[Key]):
     def _check_request(self, metadata: PartialMetadata) -> None:
         then, now = metadata.request, self.request
         other = [
-            f"{name} {_shown(then.get(name))}, now {_shown(now.get(name))}"
+            f"{_shown(name)} {_shown(then.get(name))}, now {_shown(now.get(name))}"
             for name in {**now, **then}
             if then.get(name) != now.get(name)
         ]
