@@ -186,7 +186,7 @@ def _partial_targets(place: Path, sidecar: Sidecar) -> dict[str, Target]:
         for node, vector in vectors.items()
     }
     keys = {".".join(key): key for key in found}
-    sums = PartialSums(place, lambda: {"seed": 0, "device": "cpu"}, keys, 8, 0.0, _refuse_damaged)
+    sums = PartialSums(place, lambda: {"seed": 0, "device": "cpu"}, keys, 8, 1e-9, _refuse_damaged)
     wanted: Progress[Any] = Progress(found, 6, 1.5, 2.0)
     sums.keep(wanted, lambda: None)
     content = sums.path.read_bytes()
@@ -209,7 +209,7 @@ def _refuse_damaged(note: str) -> None:
 
 def _use_partial(sums: PartialSums[Any], wanted: Progress[Any], content: bytes) -> bool:
     sums.path.write_bytes(content)
-    got = sums.begin(1 << 30)
+    got = sums.begin(1 << 30, anew=False)
     assert got is not None
     got.check_shapes({key: tuple(total.shape) for key, total in wanted.sums.items()})
     same = all(torch.equal(got.sums[key], total) for key, total in wanted.sums.items() if key in got.sums)

@@ -3,6 +3,7 @@
 They lie in one safetensors file beside the sidecar's place, ``.NAME.partial``, described in ``docs/sidecar.md``.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -72,7 +73,8 @@ class PartialSums(Generic[Key]):
         find_request: Says what the numbers depend on. Asked only if there is something to be compared or written.
         keys: The sums' keys by the names that they have in the file.
         total: How many samples there are.
-        every: Seconds from one writing to the next, at least; more where writing takes long.
+        every: Seconds from one writing to the next, at least; more where writing takes long. 0: nothing is written, read
+            or removed.
         say: Tells the user something.
         clock: Seconds.
     """
@@ -85,10 +87,9 @@ class PartialSums(Generic[Key]):
     say: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
     _next: float = field(init=False)
-    _failed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._next = self.clock() + self.every
+        self._next = self.clock() + self.every if self.every else math.inf
 
     @property
     def path(self) -> Path:
@@ -100,18 +101,24 @@ class PartialSums(Generic[Key]):
         """What the numbers depend on."""
         return dict(self.find_request())
 
-    def begin(self, most: int) -> Tally[Key] | None:
+    def begin(self, most: int, *, anew: bool) -> Tally[Key] | None:
         """What an interrupted run of the same request left; None if there is nothing to go on from.
 
         What is damaged is told of and left out of account: there is nothing in it that could be saved.
 
         Args:
             most: Bytes that the file may have.
+            anew: Whether to leave it out of account, whatever it is.
 
         Raises:
             SidecarError: If it is of another request (names what differs).
         """
-        if not self.path.is_file():
+        if not self.every or not self.path.is_file():
+            return None
+        if anew:
+            self.say(
+                f"beginning anew: --force; what an interrupted run summed ({self.path}) is left out of account"
+            )
             return None
         try:
             metadata, sums = _read(self.path, self.keys, most)
@@ -148,7 +155,7 @@ class PartialSums(Generic[Key]):
             tally: It.
             check: Raises an error if what is measured has changed.
         """
-        if self._failed or self.clock() < self._next:
+        if self.clock() < self._next:
             return
         request = (
             self.request
@@ -164,15 +171,18 @@ class PartialSums(Generic[Key]):
         try:
             self._write(metadata, tally)
         except OSError as error:
-            self._failed = True
+            self._next = math.inf
             self.say(
                 f"cannot write {self.path}: {error.strerror or error}; measuring goes on, and begins anew if it is interrupted"
             )
+            return
         ended = self.clock()
         self._next = ended + max(self.every, (ended - started) / _SHARE_OF_TIME)
 
     def remove(self) -> None:
         """There is nothing left to go on with."""
+        if not self.every:
+            return
         with suppress(OSError):  # What was measured is measured all the same.
             self.path.unlink(missing_ok=True)
 

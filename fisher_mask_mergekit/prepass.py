@@ -115,16 +115,10 @@ def compute(
             partial(request_of, job, job.inputs, device, batch_tokens, recompute),
             _kind(job).keys(job),
             len(job.inputs.encoded.samples),
-            checkpoint_every or math.inf,
+            checkpoint_every,
             on_note,
         )
-        begun = None
-        if job.force and sums.path.is_file():
-            on_note(
-                f"beginning anew: --force; what an interrupted run summed ({sums.path}) is left out of account"
-            )
-        elif checkpoint_every:
-            begun = sums.begin(_most_bytes(job))
+        begun = sums.begin(_most_bytes(job), anew=job.force)
 
         def keep(batch: Batch, tally: Tally[Any]) -> None:
             sums.keep(tally, partial(_check_unchanged, job))
@@ -135,8 +129,7 @@ def compute(
             batch_tokens=batch_tokens, recompute=recompute, tally=begun, on_start=on_start, on_batch=keep,
         )  # fmt: skip
         outcome = _save(job, found, device, replaced)
-        if checkpoint_every:
-            sums.remove()
+        sums.remove()
         return outcome
 
 
