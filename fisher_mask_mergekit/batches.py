@@ -1,7 +1,9 @@
 """From samples to batches: tokens, then padding."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -60,6 +62,14 @@ class EncodedSamples:
     truncated: int
     left_out: int
 
+    @property
+    def digest(self) -> str:
+        """Of all tokens."""
+        digest = hashlib.sha256()
+        for index, sample in self.samples.items():
+            digest.update(json.dumps([index, sample.inputs, sample.labels]).encode())
+        return digest.hexdigest()
+
 
 def encode_samples(samples: Samples, task: Task, how: Tokenization) -> EncodedSamples:
     """Tokenise and truncate.
@@ -112,7 +122,7 @@ def padded_batches(
     """
     limits = repeat(limits) if isinstance(limits, Limit) else limits
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
-    order = sorted(widths, key=lambda index: -widths[index]) if by_length else list(widths)
+    order = _longest_first(widths) if by_length else list(widths)
     start = skip
     while start < len(order):
         limit, stop, width = next(limits), start + 1, widths[order[start]]
@@ -128,6 +138,26 @@ def padded_batches(
             for name in rows[0].inputs
         }
         yield Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
+
+
+def _longest_first(widths: Mapping[int, int]) -> list[int]:
+    return sorted(widths, key=lambda index: -widths[index])
+
+
+def dealt(encoded: EncodedSamples, rank: int, count: int, batch: int | None = None) -> EncodedSamples:
+    """One process's share of the samples; the shares are disjoint, and one may be empty.
+
+    Args:
+        encoded: All of them.
+        rank: Which share.
+        count: How many shares there are.
+        batch: Samples of a batch where batches are part of the definition: those are dealt whole, in the order drawn.
+            None: single samples, longest first, so that all shares have like numbers of tokens.
+    """
+    widths = {index: _width(sample) for index, sample in encoded.samples.items()}
+    order = list(widths) if batch else _longest_first(widths)
+    own = [index for place, index in enumerate(order) if place // (batch or 1) % count == rank]
+    return replace(encoded, samples={index: encoded.samples[index] for index in own})
 
 
 def _width(sample: Encoded) -> int:

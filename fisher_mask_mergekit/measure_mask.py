@@ -59,7 +59,9 @@ def measure(
         device=device,
     )
     sites = sites_in(model)  # As the model in memory is laid out, whatever the files are.
-    check_layout(model, job.task, next(batched(limits=Limit(rows=1))), sites)
+    first = next(batched(limits=Limit(rows=1)), None)
+    if first is not None:  # Of several processes, one may have no sample.
+        check_layout(model, job.task, first, sites)
     return mask_fisher(
         model,
         batched(limits=limits, skip=tally.samples if tally else 0),

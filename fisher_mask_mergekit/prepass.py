@@ -3,10 +3,11 @@
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from fisher_mask_mergekit import measure_diagonal, measure_mask, store
-from fisher_mask_mergekit.batches import lacks_for_padding
+from fisher_mask_mergekit.batches import dealt, lacks_for_padding
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.processes import ALONE, Processes
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
@@ -72,10 +74,11 @@ def compute(
     on_wait: Callable[[], None] = lambda: None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Measure a checkpoint and write its sidecar, unless the same request was measured before, or is meanwhile.
 
-    Of several processes with one target, one measures at a time.
+    Of several runs with one target, one measures at a time.
 
     Args:
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
@@ -85,12 +88,14 @@ def compute(
         on_wait: Called before waiting for another process.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
+        processes: The run's, of which this is the first; the others call :func:`assist` meanwhile.
 
     Raises:
         FisherMaskError: On bad input, or if the checkpoint changes; nothing is written then.
     """
     if job.served is not None:
         store.clear_away(Path(job.served.source))
+        processes.told(False)
         return _served(job, job.served)
     with ExitStack() as stack:
         try:
@@ -99,16 +104,76 @@ def compute(
             raise SidecarError(
                 f"cannot write {job.target}: {error.strerror or error}; nothing was measured"
             ) from error
-        if (other := measured_meanwhile(job)) is not None:
+        other = measured_meanwhile(job)
+        if not processes.told(other is None):
+            assert other is not None
             return _served(job, other)
-        assert job.inputs is not None
         replaced = _replaced(job)
-        found = measure(
-            job, job.inputs, device,
+        found = _measure_share(
+            job, device, processes,
             batch_tokens=batch_tokens, recompute=recompute, on_start=on_start,
             on_batch=lambda batch, tally: on_batch(batch),
         )  # fmt: skip
         return _save(job, found, device, replaced)
+
+
+def assist(
+    job: Job,
+    device: torch.device,
+    processes: Processes,
+    *,
+    batch_tokens: int | None = None,
+    recompute: bool = False,
+) -> None:
+    """Measure a share of what the first process computes; it alone knows whether that is to be measured, and writes it.
+
+    Args:
+        job: As the first process has it, but that it was prepared with ``force``.
+        device: Where to run.
+        processes: The run's.
+        batch_tokens: As the first process has it.
+        recompute: Likewise.
+
+    Raises:
+        FisherMaskError: On bad input, or if the checkpoint changes.
+    """
+    if processes.told(None):
+        _measure_share(job, device, processes, batch_tokens=batch_tokens, recompute=recompute)
+
+
+def _measure_share(job: Job, device: torch.device, processes: Processes, **how: Any) -> Measured:
+    """Measure with a share of the samples in each process."""
+    assert job.inputs is not None
+    batch = job.settings.rows if job.settings.estimator == "batch" else None
+    share = dealt(job.inputs.encoded, processes.rank, processes.count, batch)
+    inputs = replace(job.inputs, encoded=share)
+    found = measure(job, inputs, device, settle=partial(processes.added, device=device), **how)
+    _check_unchanged(job)
+    processes.gathered(None)  # Nothing is written unless all came so far.
+    return found
+
+
+def check_alike(jobs: Sequence[Job], processes: Processes) -> None:
+    """Refuse to measure unless all processes have the same before them.
+
+    Args:
+        jobs: What is to be measured.
+        processes: The run's.
+
+    Raises:
+        ProcessError: If one has something else (names it).
+    """
+    versions = {name: number for name, number in _versions().items() if name != "python"}
+    facts = {f"versions of {name}": number for name, number in versions.items()}
+    facts["models"] = ", ".join(job.checkpoint.name for job in jobs)
+    for job in jobs:
+        name = job.checkpoint.name
+        facts[f"settings for {name}"] = str(job.settings.definition())
+        facts[f"weights of {name}"] = job.weights
+        facts[f"rows of {job.settings.data} for {name}"] = job.data.digest
+        if job.inputs is not None:
+            facts[f"tokens for {name}"] = job.inputs.encoded.digest
+    processes.agree(facts)
 
 
 def _served(job: Job, sidecar: AnySidecar) -> Outcome:
@@ -118,7 +183,6 @@ def _served(job: Job, sidecar: AnySidecar) -> Outcome:
 
 def _save(job: Job, found: Measured, device: torch.device, replaced: list[str]) -> Outcome:
     assert job.inputs is not None
-    _check_unchanged(job)
     facts = _facts(job, job.inputs, found.fisher, device)
     sidecar = _kind(job).save(job, found.fisher, found.values, facts)
     notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
