@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 from fisher_mask_mergekit import measure_diagonal, measure_mask, store
-from fisher_mask_mergekit.batches import dealt, lacks_for_padding
+from fisher_mask_mergekit.batches import batches_in_step, dealt, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
-from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
+from fisher_mask_mergekit.execution import (
+    Spread,
+    batch_limits,
+    check_options,
+    is_in_parts,
+    model_errors,
+    to_make_smaller,
+)
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.placing import placed
 from fisher_mask_mergekit.processes import ALONE, Processes
 from fisher_mask_mergekit.sidecar import Measurement
-from fisher_mask_mergekit.tally import Settle, Tally
+from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
 
 
@@ -71,6 +79,7 @@ def compute(
     *,
     batch_tokens: int | None = None,
     recompute: bool = False,
+    spread: Spread | None = None,
     on_wait: Callable[[], None] = lambda: None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
@@ -85,6 +94,7 @@ def compute(
         device: Where to run.
         batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        spread: How the weights are spread over GPUs.
         on_wait: Called before waiting for another process.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
@@ -109,11 +119,14 @@ def compute(
             assert other is not None
             return _served(job, other)
         replaced = _replaced(job)
-        found = _measure_share(
-            job, device, processes,
-            batch_tokens=batch_tokens, recompute=recompute, on_start=on_start,
-            on_batch=lambda batch, tally: on_batch(batch),
+        assert job.inputs is not None
+        found = measure(
+            job, job.inputs, device,
+            batch_tokens=batch_tokens, recompute=recompute, spread=spread, on_start=on_start,
+            on_batch=lambda batch, tally: on_batch(batch), processes=processes,
         )  # fmt: skip
+        _check_unchanged(job)
+        processes.gathered(None)  # All came as far as this.
         return _save(job, found, device, replaced)
 
 
@@ -124,6 +137,7 @@ def assist(
     *,
     batch_tokens: int | None = None,
     recompute: bool = False,
+    spread: Spread | None = None,
 ) -> None:
     """Measure a share of what the first process computes; it alone knows whether that is to be measured, and writes it.
 
@@ -133,24 +147,17 @@ def assist(
         processes: The run's.
         batch_tokens: As the first process has it.
         recompute: Likewise.
+        spread: Likewise.
 
     Raises:
         FisherMaskError: On bad input, or if the checkpoint changes.
     """
     if processes.told(None):
-        _measure_share(job, device, processes, batch_tokens=batch_tokens, recompute=recompute)
-
-
-def _measure_share(job: Job, device: torch.device, processes: Processes, **how: Any) -> Measured:
-    """Measure with a share of the samples in each process."""
-    assert job.inputs is not None
-    batch = job.settings.rows if job.settings.estimator == "batch" else None
-    share = dealt(job.inputs.encoded, processes.rank, processes.count, batch)
-    inputs = replace(job.inputs, encoded=share)
-    found = measure(job, inputs, device, settle=partial(processes.added, device=device), **how)
-    _check_unchanged(job)
-    processes.gathered(None)  # Nothing is written unless all came so far.
-    return found
+        assert job.inputs is not None
+        how: dict[str, Any] = {"batch_tokens": batch_tokens, "recompute": recompute, "spread": spread}
+        measure(job, job.inputs, device, **how, processes=processes)
+        _check_unchanged(job)
+        processes.gathered(None)
 
 
 def check_alike(jobs: Sequence[Job], processes: Processes) -> None:
@@ -199,9 +206,10 @@ def measure(
     tally: Tally[Any] | None = None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch, Tally[Any]], None] = lambda batch, tally: None,
-    settle: Settle[Any] = lambda tally: tally,
+    spread: Spread | None = None,
+    processes: Processes = ALONE,
 ) -> Measured:
-    """Load a checkpoint and run samples through it; nothing is written.
+    """Load a checkpoint and run samples through it, a share of them in every process; nothing is written.
 
     Args:
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
@@ -212,25 +220,44 @@ def measure(
         tally: What was summed over the first of the samples before, in the order that batches have them.
         on_start: Called before the first batch with the number of samples that are to run.
         on_batch: Called after every batch, with what was summed up to there.
-        settle: Called after the last batch; what it returns is made means of.
+        spread: How the weights are spread over GPUs.
+        processes: The run's; what they measured is added up in all of them.
 
     Raises:
         FisherMaskError: On bad input.
     """
-    check_options(job.settings, batch_tokens, recompute=recompute)
-    kind = _kind(job)
-    model, values = kind.load(job, inputs)
-    rows, notes = job.settings.rows, []
+    check_options(job.settings, batch_tokens, recompute=recompute, spread=spread)
+    kind, settings = _kind(job), job.settings
+    rows, notes = settings.rows, []
     if lacking := lacks_for_padding(inputs.tokenizer):
         rows = 1
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
-    on_start(len(inputs.encoded.samples) - (tally.samples if tally else 0))
-    started = time.perf_counter()
-    limits = batch_limits(job.settings, rows, batch_tokens, device)
-    with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(job.settings)):
+    agree = processes.anywhere if is_in_parts(spread) else None
+    limits = batch_limits(settings, rows, batch_tokens, device, agree)
+    with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(settings)):
+        model, values = placed(kind, job, inputs, device, spread, processes)
+        by_batch = settings.estimator == "batch"
+        share = dealt(inputs.encoded, processes.rank, processes.count, settings.rows if by_batch else None)
+        done = tally.samples if tally else 0
+        on_start(len(share.samples) - done)
+        started = time.perf_counter()
+        if agree:
+            batches = batches_in_step(
+                inputs.encoded,
+                inputs.tokenizer,
+                limits=limits,
+                rank=processes.rank,
+                count=processes.count,
+                device=device,
+            )
+        else:
+            batches = padded_batches(
+                share, inputs.tokenizer, limits=limits, by_length=not by_batch, device=device, skip=done
+            )
         fisher = kind.measure(
-            job, inputs, model.to(device), device, limits, recompute, tally, on_batch, settle
-        )
+            job, model, batches,
+            recompute=recompute, tally=tally, on_batch=on_batch, settle=partial(processes.added, device=device), agree=agree,
+        )  # fmt: skip
     seconds = time.perf_counter() - started
     if fisher.one_by_one and rows != 1:
         notes.append(

@@ -60,6 +60,10 @@ class Processes:
                 dist.all_gather_object(values, value)
         return values
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether something is so in any of them."""
+        return any(self.gathered(flag))
+
     def agree(self, what: Mapping[str, str]) -> None:
         """Refuse to go on unless all processes have all that the first has.
 

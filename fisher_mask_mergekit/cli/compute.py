@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fisher_mask_mergekit.cli.launched import joined_processes
+from fisher_mask_mergekit.cli.launched import joined_processes, spread_by_launcher
 from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
 from fisher_mask_mergekit.cli.output import errors, print_lines, progress, say, silence_progress_bars
 from fisher_mask_mergekit.errors import RecipeError
@@ -107,6 +107,13 @@ def compute(
             "--recompute", help="Run layers a second time instead of keeping their activations: less memory."
         ),
     ] = False,
+    spread: Annotated[
+        Literal["layers", "shards", "offload"] | None,
+        typer.Option(
+            help="Spread the weights: layers over the GPUs of one process; shards over all processes that were launched; "
+            "offload, shards kept in main memory. [default: whole in every process]"
+        ),
+    ] = None,
     device: Device = None,
     out: Annotated[
         Path | None,
@@ -135,7 +142,8 @@ def compute(
         "labels": labels,
         "dtype": dtype,
     }
-    with errors(), joined_processes(device) as joined:
+    spread = spread or spread_by_launcher()
+    with errors(), joined_processes(device, in_parts=spread in ("shards", "offload")) as joined:
         if text is not None:
             given["text"] = _parse_text(text)
         if label_map is not None:
@@ -152,7 +160,7 @@ def compute(
         first = processes.is_first
         # All that can be wrong is found before the first is measured.
         for _, settings, _ in wanted:
-            check_options(settings, batch_tokens, recompute=recompute)
+            check_options(settings, batch_tokens, recompute=recompute, spread=spread)
         jobs = [
             prepare(
                 name,
@@ -172,7 +180,9 @@ def compute(
         prepass.check_alike(jobs, processes)
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             if not first:
-                prepass.assist(job, where, processes, batch_tokens=batch_tokens, recompute=recompute)
+                prepass.assist(
+                    job, where, processes, batch_tokens=batch_tokens, recompute=recompute, spread=spread
+                )
                 continue
             with progress(name) as (on_start, on_batch):
                 outcome = prepass.compute(
@@ -180,6 +190,7 @@ def compute(
                     where,
                     batch_tokens=batch_tokens,
                     recompute=recompute,
+                    spread=spread,
                     on_wait=partial(
                         say, f"{name}: waiting for another process that measures into {job.target}"
                     ),
