@@ -106,6 +106,11 @@ def mask_fisher(
     """
     sites = tuple(sites)
     gradients = MaskGradients(model, sites, mask_placement, estimator, recompute, tally or Tally())
+    if agree is not None and gradients.tally.one_by_one:
+        raise MeasurementError(
+            "the nodes of its experts show in the gradients of their weights alone, which no process has whole; "
+            "take --spread layers"
+        )
     with frozen(model), gradients.attached():
         run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch, agree=agree)
     return _means(settle(gradients.tally), sites, estimator)

@@ -97,13 +97,17 @@ def load_model(
             f"{checkpoint.name} has no {', '.join(sorted(report['missing_keys'])[:4])}: it is not a complete "
             f"{kind.__name__}"
         )
-    _check_on_gpus(checkpoint.name, model)
+    check_on_gpus(checkpoint.name, model)
     _settle_config(model, tokenizer)
     return model
 
 
-def _check_on_gpus(name: str, model: Any) -> None:
-    """Refuse layers that accelerate left elsewhere: their weights come to a GPU and stay there for the backward pass."""
+def check_on_gpus(name: str, model: Any) -> None:
+    """Refuse layers that accelerate left elsewhere: they come to a GPU to run, and stay there for the backward pass.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if elsewhere := places & {"cpu", "disk"}:
         raise CheckpointError(

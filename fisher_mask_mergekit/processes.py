@@ -151,7 +151,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
         if rank > 0:
             stack.enter_context(redirect_stdout(io.StringIO()))
             stack.enter_context(redirect_stderr(io.StringIO()))
-        with _one_error(dist.PrefixStore("fisher-mask-mergekit", store), rank, count):
+        with one_error(dist.PrefixStore("fisher-mask-mergekit", store), rank, count):
             yield Processes(rank, count), _join(device, store, rank, count)
             gc.collect()  # What belongs to the group must not outlive it.
             with suppress(RuntimeError):  # All is done.
@@ -194,7 +194,17 @@ def _contact() -> Iterator[None]:
 
 
 @contextmanager
-def _one_error(store: dist.Store, rank: int, count: int) -> Iterator[None]:
+def one_error(store: dist.Store, rank: int, count: int) -> Iterator[None]:
+    """Of the errors of all processes, leave the first as it is.
+
+    Args:
+        store: Which all of them reach.
+        rank: Which of them this is.
+        count: How many there are.
+
+    Raises:
+        ToldError: If another process was the first to fail.
+    """
     try:
         yield
     except KeyboardInterrupt:

@@ -45,8 +45,9 @@ def shard(
     _take_dtypes(bare, processes.told(whole and _dtypes(whole)))
     mesh = init_device_mesh(device.type, (processes.count,))
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
-    paths = dict.fromkeys(layer_path(site.output) for site in sites)
-    for module in (*map(bare.get_submodule, paths), bare):
+    # A path without a number is no layer's, but that of a single matrix.
+    layers = {path for site in sites if (path := layer_path(site.output)) != site.output}
+    for module in (*map(bare.get_submodule, sorted(layers)), bare):
         fully_shard(module, mesh=mesh, offload_policy=policy)
     bare.to_empty(device="cpu" if offload else device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

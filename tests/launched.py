@@ -23,20 +23,22 @@ class Ended:
     stderr: str
 
 
-def environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """Of one of the processes, as torch's launcher sets it."""
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    return os.environ | {name: str(value) for name, value in place.items()}
+def places(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torch's launcher tells one of its processes."""
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    return {name: str(value) for name, value in {**known, "MASTER_PORT": port}.items()}
 
 
-def launch(commands: Sequence[Sequence[Any]], *, folders: Sequence[Path] | None = None) -> list[Ended]:
-    """Run Python with arguments in as many processes, each in a folder of its own if there are any; wait for all."""
+def launch(
+    commands: Sequence[Sequence[Any]], *, folders: Sequence[Path] | None = None, alone: bool = False
+) -> list[Ended]:
+    """Run Python in as many processes, and wait for all.
+
+    Args:
+        commands: Its arguments, of each.
+        folders: Where each runs, if not here.
+        alone: Whether it is no process of a launcher's, but a launcher itself, for one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,7 +46,7 @@ def launch(commands: Sequence[Sequence[Any]], *, folders: Sequence[Path] | None 
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
-            env=environment(rank, len(commands), port) | {"PYTHONPATH": root},
+            env=os.environ | {"PYTHONPATH": root} | ({} if alone else places(rank, len(commands), port)),
             cwd=folders[rank] if folders else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -158,6 +158,12 @@ def compute(
         silence_progress_bars()
         processes, where = joined or (ALONE, pick_device(device))
         first = processes.is_first
+        if spread == "layers" and (processes.count > 1 or device is not None):
+            raise RecipeError(
+                "--spread layers is for one process, which takes all GPUs of its machine: start no others, and give no --device"
+            )
+        if spread == "layers" and where.type == "cpu":
+            raise RecipeError("--spread layers takes GPUs, and there is none here")
         # All that can be wrong is found before the first is measured.
         for _, settings, _ in wanted:
             check_options(settings, batch_tokens, recompute=recompute, spread=spread)
