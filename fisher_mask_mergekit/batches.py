@@ -1,7 +1,5 @@
 """From samples to batches: tokens, then padding."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -71,13 +69,12 @@ class EncodedSamples:
     truncated: int
     left_out: int
 
-    @property
-    def digest(self) -> str:
-        """Of all tokens."""
-        digest = hashlib.sha256()
-        for index, sample in self.samples.items():
-            digest.update(json.dumps([index, sample.inputs, sample.labels]).encode())
-        return digest.hexdigest()
+    def part(self, is_in: Callable[[int], bool]) -> "EncodedSamples":
+        """Only the samples at some places among these."""
+        samples = {
+            index: sample for place, (index, sample) in enumerate(self.samples.items()) if is_in(place)
+        }
+        return EncodedSamples(samples, sum(one.truncated for one in samples.values()), self.left_out)
 
 
 def encode_samples(samples: Samples, task: Task, how: Tokenization) -> EncodedSamples:
@@ -201,8 +198,8 @@ def dealt(encoded: EncodedSamples, rank: int, count: int, batch: int | None = No
     """
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
     order = list(widths) if batch else _longest_first(widths)
-    own = [index for place, index in enumerate(order) if place // (batch or 1) % count == rank]
-    return replace(encoded, samples={index: encoded.samples[index] for index in own})
+    own = {index for place, index in enumerate(order) if place // (batch or 1) % count == rank}
+    return encoded.part([index in own for index in encoded.samples].__getitem__)
 
 
 def _width(sample: Encoded) -> int:

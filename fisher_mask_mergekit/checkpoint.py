@@ -144,14 +144,23 @@ def side_files(checkpoint: Checkpoint) -> set[Path]:
     return {file for pattern in patterns for file in checkpoint.folder.glob(pattern) if file.is_file()}
 
 
+def model_files(checkpoint: Checkpoint) -> list[Path]:
+    """All files that a model is made of.
+
+    Raises:
+        CheckpointError: If there are no weights.
+    """
+    return [file for file in (*_weight_files(checkpoint), *side_files(checkpoint)) if file.is_file()]
+
+
 def file_states(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
-    """Inode, size and time of the last change of all files that a model is made of, by which a later change shows.
+    """Inode, size and time of the last change of these files, by which a later change shows.
 
     Raises:
         CheckpointError: If there are no weights.
     """
     states = {}
-    for file in (*_weight_files(checkpoint), *side_files(checkpoint)):
+    for file in model_files(checkpoint):
         with suppress(FileNotFoundError):
             state = file.stat()
             states[file.name] = (state.st_ino, state.st_size, state.st_mtime_ns)

@@ -83,6 +83,7 @@ def diagonal_fisher(
     Reference: Matena and Raffel 2022, arXiv 2111.09832.
     """
     gradients = DiagonalGradients(model, _floating(model), tally or Tally())
+    gradients.tally.check_shapes({name: tuple(value.shape) for name, value in gradients.parameters.items()})
     with frozen(model), gradients.attached():
         run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
     return _means(settle(gradients.tally), gradients.parameters)

@@ -111,6 +111,9 @@ def mask_fisher(
             "the nodes of its experts show in the gradients of their weights alone, which no process has whole; "
             "take --spread layers"
         )
+    gradients.tally.check_shapes(
+        {(site.output, node): shape for site in sites for node, shape in site.nodes().items()}
+    )
     with frozen(model), gradients.attached():
         run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch, agree=agree)
     return _means(settle(gradients.tally), sites, estimator)

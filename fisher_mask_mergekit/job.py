@@ -20,7 +20,7 @@ from fisher_mask_mergekit.checkpoint import (
 )
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
 from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, may_replace_diagonal, read_diagonal
-from fisher_mask_mergekit.errors import CheckpointError, SidecarError
+from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
 from fisher_mask_mergekit.settings import FisherSettings, Kind
@@ -121,11 +121,11 @@ def prepare(
     is_mask = settings.kind == "mask"
     sites = _find_sites(checkpoint, model, shapes) if is_mask else ()
     parameters = None if is_mask else _find_parameters(checkpoint, model, shapes)
-    target = out or store.destination(checkpoint, settings.kind)
+    target = out or store.of_share(store.destination(checkpoint, settings.kind), settings.share)
     if writes and not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
         raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
-    places = () if force else [out] if out else store.find_all(checkpoint, settings.kind)
+    places = () if force else [target] if out or settings.share else store.find_all(checkpoint, settings.kind)
     answers = (_same_request(path, weights, settings, task, sites) for path in places)
     found = next((sidecar for sidecar in answers if sidecar and _is_of_today(sidecar)), None)
     samples: Any = None
@@ -166,9 +166,20 @@ def _inputs(
     max_length = longest(model, tokenizer, settings)
     how = Tokenization(tokenizer, max_length, settings.seed)
     try:
-        return Inputs(tokenizer, max_length, encode_samples(samples, task, how))
+        return Inputs(tokenizer, max_length, _share(encode_samples(samples, task, how), settings))
     except CheckpointError as error:  # A task does not know what the checkpoint is called.
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def _share(encoded: EncodedSamples, settings: FisherSettings) -> EncodedSamples:
+    if settings.share is None:
+        return encoded
+    share = encoded.part(settings.in_share)
+    if not share.samples:
+        raise DataError(
+            f"share {settings.share} of {len(encoded.samples)} samples holds none; take fewer shares, or smaller batches"
+        )
+    return share
 
 
 def measured_meanwhile(job: Job) -> AnySidecar | None:

@@ -136,6 +136,12 @@ def save(
     return write_diagonal(metadata, measured.fisher.__getitem__, job.target)
 
 
+def keys(job: Job) -> dict[str, str]:
+    """What is summed, by the names that a sidecar has for it."""
+    assert job.parameters is not None
+    return {name: name for name in job.parameters.names}
+
+
 def notes(measured: DiagonalFisher) -> list[str]:
     """What the user should know of this measurement."""
     silent = sum(not bool(fisher.any()) for fisher in measured.fisher.values())

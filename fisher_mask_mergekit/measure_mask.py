@@ -14,7 +14,7 @@ from fisher_mask_mergekit.layout_check import check_layout
 from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.passes import Agree
 from fisher_mask_mergekit.recognition import probe
-from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, write
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, fisher_dtype, write
 from fisher_mask_mergekit.sites import NodeKey, stack_of
 from fisher_mask_mergekit.skeleton import sites_in
 from fisher_mask_mergekit.tally import Settle, Tally
@@ -90,16 +90,20 @@ def measure(
 
 def save(job: Job, measured: MaskFisher, values: dict[str, Tensor], facts: dict[str, Any]) -> Sidecar:
     """Write the sidecar."""
+    dtype = fisher_dtype(job.settings)
     fisher = {
-        site.output: {
-            node: measured.fisher[site.output, node].to("cpu", torch.float32) for node in site.nodes()
-        }
+        site.output: {node: measured.fisher[site.output, node].to("cpu", dtype) for node in site.nodes()}
         for site in job.sites
     }
     metadata = Metadata(format_version=FORMAT_VERSION, sites=job.sites, **facts)
     sidecar = Sidecar(metadata, fisher, values, str(job.target))
     write(sidecar, job.target)
     return sidecar
+
+
+def keys(job: Job) -> dict[str, NodeKey]:
+    """What is summed, by the names that a sidecar has for it."""
+    return {f"{site.output}.{node}": (site.output, node) for site in job.sites for node in site.nodes()}
 
 
 def notes(measured: MaskFisher) -> list[str]:

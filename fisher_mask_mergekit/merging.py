@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from torch import Tensor
@@ -19,14 +19,13 @@ from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNotFoundError
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import Kind
-from fisher_mask_mergekit.sidecar import Measurement
+from fisher_mask_mergekit.sidecar import EitherKind, Measurement, OfEitherKind, whole
 from fisher_mask_mergekit.weighting import counted_weight
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 Missing = Literal["error", "average"]
-AnySidecar = TypeVar("AnySidecar")
 
 
 class MergeError(FisherMaskError, click.ClickException):
@@ -45,11 +44,6 @@ def merge_errors(group: "TensorGroup") -> Iterator[str]:
         yield name
     except FisherMaskError as error:
         raise MergeError(f"{type(error).__name__} at {name}: {error}") from error
-
-
-class _Measured(Protocol):
-    @property
-    def metadata(self) -> Measurement: ...
 
 
 def counted_inputs(
@@ -87,7 +81,7 @@ def _say_base_does_not_count(base: str, model: str) -> None:
     )
 
 
-def compare_measurements(sidecars: Sequence[_Measured | None]) -> None:
+def compare_measurements(sidecars: Sequence[OfEitherKind | None]) -> None:
     """Warn of Fisher information that was not measured alike: its scales do not compare."""
     _warn_of_kinds(frozenset(_measurement(known.metadata) for known in sidecars if known is not None))
 
@@ -109,8 +103,8 @@ def _warn_of_kinds(kinds: frozenset[tuple[str, ...]]) -> None:
 
 
 def find_sidecar(
-    model: Hashable, given: str, kind: Kind, missing: Missing, read: Callable[[Path, int, int], AnySidecar]
-) -> AnySidecar | None:
+    model: Hashable, given: str, kind: Kind, missing: Missing, read: Callable[[Path, int, int], EitherKind]
+) -> EitherKind | None:
     """A model's sidecar, where the recipe says it is, else beside the checkpoint or in the cache.
 
     Args:
@@ -137,7 +131,7 @@ def find_sidecar(
         state = path.stat()
     except (OSError, ValueError) as error:
         raise SidecarError(f"cannot read sidecar {path}: {getattr(error, 'strerror', error)}") from error
-    return read(path, state.st_mtime_ns, state.st_size)
+    return whole(read(path, state.st_mtime_ns, state.st_size))
 
 
 @lru_cache(maxsize=64)

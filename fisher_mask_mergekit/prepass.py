@@ -1,40 +1,31 @@
 """The pre-pass: a job in, one sidecar out."""
 
 import math
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fisher_mask_mergekit import measure_diagonal, measure_mask, store
-from fisher_mask_mergekit.batches import batches_in_step, dealt, lacks_for_padding, padded_batches
+from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
-from fisher_mask_mergekit.execution import (
-    Spread,
-    batch_limits,
-    check_options,
-    is_in_parts,
-    model_errors,
-    to_make_smaller,
-)
+from fisher_mask_mergekit.execution import Spread
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
-from fisher_mask_mergekit.placing import placed
+from fisher_mask_mergekit.measuring import Measured, kind_of, measure
+from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
 from fisher_mask_mergekit.processes import ALONE, Processes
+from fisher_mask_mergekit.request import device_name, request_of, versions
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
+from fisher_mask_mergekit.untrusted import MOST_SIDECAR_BYTES
 
 
 @dataclass(frozen=True)
@@ -56,23 +47,6 @@ class Outcome:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What :func:`measure` found.
-
-    Attributes:
-        fisher: The Fisher information.
-        values: What a merge will know the checkpoint's tensors by, see :func:`~fisher_mask_mergekit.recognition.probe`.
-        seconds: How long the measuring took.
-        notes: What the user should know.
-    """
-
-    fisher: MaskFisher | DiagonalFisher
-    values: dict[str, Tensor]
-    seconds: float
-    notes: tuple[str, ...]
-
-
 def compute(
     job: Job,
     device: torch.device,
@@ -80,7 +54,9 @@ def compute(
     batch_tokens: int | None = None,
     recompute: bool = False,
     spread: Spread | None = None,
+    checkpoint_every: float = EVERY,
     on_wait: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
     processes: Processes = ALONE,
@@ -95,7 +71,10 @@ def compute(
         batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
         spread: How the weights are spread over GPUs.
+        checkpoint_every: Seconds from one writing of the sums so far to the next; 0 for never, and for beginning anew
+            whatever an interrupted run left.
         on_wait: Called before waiting for another process.
+        on_note: Called with what the user should know while it runs.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
         processes: The run's, of which this is the first; the others call :func:`assist` meanwhile.
@@ -120,14 +99,44 @@ def compute(
             return _served(job, other)
         replaced = _replaced(job)
         assert job.inputs is not None
-        found = measure(
-            job, job.inputs, device,
-            batch_tokens=batch_tokens, recompute=recompute, spread=spread, on_start=on_start,
-            on_batch=lambda batch, tally: on_batch(batch), processes=processes,
+        if checkpoint_every and (processes.count > 1 or spread):
+            checkpoint_every = 0
+            on_note(
+                "measured in one go: what is summed is not saved on the way where weights or samples are spread"
+            )
+        sums = PartialSums(
+            job.target,
+            partial(request_of, job, job.inputs, device, batch_tokens, recompute),
+            kind_of(job).keys(job),
+            len(job.inputs.encoded.samples),
+            checkpoint_every or math.inf,
+            on_note,
+        )
+        begun = None
+        if job.force and sums.path.is_file():
+            on_note(
+                f"beginning anew: --force; what an interrupted run summed ({sums.path}) is left out of account"
+            )
+        elif checkpoint_every:
+            begun = sums.begin(_most_bytes(job))
+
+        def keep(batch: Batch, tally: Tally[Any]) -> None:
+            sums.keep(tally, partial(_check_unchanged, job))
+            on_batch(batch)
+
+        found = _measure_together(
+            job, job.inputs, device, processes, batch_tokens, recompute,
+            spread=spread, tally=begun, on_start=on_start, on_batch=keep,
         )  # fmt: skip
-        _check_unchanged(job)
-        processes.gathered(None)  # All came as far as this.
-        return _save(job, found, device, replaced)
+        outcome = _save(job, found, device, replaced)
+        if checkpoint_every:
+            sums.remove()
+        return outcome
+
+
+def _most_bytes(job: Job) -> int:
+    """Of partial sums, which may be as large as a model in float64."""
+    return MOST_SIDECAR_BYTES + 8 * sum(size for _, size, _ in job.files.values())
 
 
 def assist(
@@ -154,33 +163,33 @@ def assist(
     """
     if processes.told(None):
         assert job.inputs is not None
-        how: dict[str, Any] = {"batch_tokens": batch_tokens, "recompute": recompute, "spread": spread}
-        measure(job, job.inputs, device, **how, processes=processes)
-        _check_unchanged(job)
-        processes.gathered(None)
+        _measure_together(job, job.inputs, device, processes, batch_tokens, recompute, spread=spread)
 
 
-def check_alike(jobs: Sequence[Job], processes: Processes) -> None:
-    """Refuse to measure unless all processes have the same before them.
-
-    Args:
-        jobs: What is to be measured.
-        processes: The run's.
+def _measure_together(
+    job: Job,
+    inputs: Inputs,
+    device: torch.device,
+    processes: Processes,
+    batch_tokens: int | None,
+    recompute: bool,
+    **how: Any,
+) -> Measured:
+    """Measure a share in each of the processes, which have all the same before them; only where they run may differ.
 
     Raises:
         ProcessError: If one has something else (names it).
     """
-    versions = {name: number for name, number in _versions().items() if name != "python"}
-    facts = {f"versions of {name}": number for name, number in versions.items()}
-    facts["models"] = ", ".join(job.checkpoint.name for job in jobs)
-    for job in jobs:
-        name = job.checkpoint.name
-        facts[f"settings for {name}"] = str(job.settings.definition())
-        facts[f"weights of {name}"] = job.weights
-        facts[f"rows of {job.settings.data} for {name}"] = job.data.digest
-        if job.inputs is not None:
-            facts[f"tokens for {name}"] = job.inputs.encoded.digest
-    processes.agree(facts)
+    if processes.count > 1:
+        request = request_of(job, inputs, device, batch_tokens, recompute)
+        what = {name: str(value) for name, value in request.items() if name != "device"}
+        processes.agree(job.checkpoint.name, what)
+    found = measure(
+        job, inputs, device, batch_tokens=batch_tokens, recompute=recompute, processes=processes, **how
+    )
+    _check_unchanged(job)
+    processes.gathered(None)  # Nothing is written unless all came as far as this.
+    return found
 
 
 def _served(job: Job, sidecar: AnySidecar) -> Outcome:
@@ -191,83 +200,9 @@ def _served(job: Job, sidecar: AnySidecar) -> Outcome:
 def _save(job: Job, found: Measured, device: torch.device, replaced: list[str]) -> Outcome:
     assert job.inputs is not None
     facts = _facts(job, job.inputs, found.fisher, device)
-    sidecar = _kind(job).save(job, found.fisher, found.values, facts)
+    sidecar = kind_of(job).save(job, found.fisher, found.values, facts)
     notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
     return Outcome(sidecar, job.target, found.seconds, False, notes)
-
-
-def measure(
-    job: Job,
-    inputs: Inputs,
-    device: torch.device,
-    *,
-    batch_tokens: int | None = None,
-    recompute: bool = False,
-    tally: Tally[Any] | None = None,
-    on_start: Callable[[int], None] = lambda samples: None,
-    on_batch: Callable[[Batch, Tally[Any]], None] = lambda batch, tally: None,
-    spread: Spread | None = None,
-    processes: Processes = ALONE,
-) -> Measured:
-    """Load a checkpoint and run samples through it, a share of them in every process; nothing is written.
-
-    Args:
-        job: What :func:`~fisher_mask_mergekit.job.prepare` found.
-        inputs: Its samples, or some of them.
-        device: Where to run.
-        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
-        recompute: Whether layers run again in the backward pass instead of keeping their activations.
-        tally: What was summed over the first of the samples before, in the order that batches have them.
-        on_start: Called before the first batch with the number of samples that are to run.
-        on_batch: Called after every batch, with what was summed up to there.
-        spread: How the weights are spread over GPUs.
-        processes: The run's; what they measured is added up in all of them.
-
-    Raises:
-        FisherMaskError: On bad input.
-    """
-    check_options(job.settings, batch_tokens, recompute=recompute, spread=spread)
-    kind, settings = _kind(job), job.settings
-    rows, notes = settings.rows, []
-    if lacking := lacks_for_padding(inputs.tokenizer):
-        rows = 1
-        notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
-    agree = processes.anywhere if is_in_parts(spread) else None
-    limits = batch_limits(settings, rows, batch_tokens, device, agree)
-    with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(settings)):
-        model, values = placed(kind, job, inputs, device, spread, processes)
-        by_batch = settings.estimator == "batch"
-        share = dealt(inputs.encoded, processes.rank, processes.count, settings.rows if by_batch else None)
-        done = tally.samples if tally else 0
-        on_start(len(share.samples) - done)
-        started = time.perf_counter()
-        if agree:
-            batches = batches_in_step(
-                inputs.encoded,
-                inputs.tokenizer,
-                limits=limits,
-                rank=processes.rank,
-                count=processes.count,
-                device=device,
-            )
-        else:
-            batches = padded_batches(
-                share, inputs.tokenizer, limits=limits, by_length=not by_batch, device=device, skip=done
-            )
-        fisher = kind.measure(
-            job, model, batches,
-            recompute=recompute, tally=tally, on_batch=on_batch, settle=partial(processes.added, device=device), agree=agree,
-        )  # fmt: skip
-    seconds = time.perf_counter() - started
-    if fisher.one_by_one and rows != 1:
-        notes.append(
-            f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
-        )
-    return Measured(fisher, values, seconds, (*notes, *kind.notes(fisher)))
-
-
-def _kind(job: Job) -> Any:
-    return measure_mask if job.settings.kind == "mask" else measure_diagonal
 
 
 def _check_unchanged(job: Job) -> None:
@@ -275,6 +210,7 @@ def _check_unchanged(job: Job) -> None:
     now = file_states(job.checkpoint)
     changed = sorted(name for name in {**job.files, **now} if job.files.get(name) != now.get(name))
     if changed:
+        store.partial_path(job.target).unlink(missing_ok=True)  # Nobody knows of which state the sums are.
         raise CheckpointError(
             f"{job.checkpoint.name} changed while it was measured ({', '.join(changed[:3])}); nothing was written. "
             "Run the command again when its files stay as they are"
@@ -310,8 +246,8 @@ def _facts(
         "truncated": inputs.encoded.truncated,
         "accuracy": None if math.isnan(measured.accuracy) else measured.accuracy,
         "loss": measured.loss,
-        "versions": _versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": versions(),
+        "device": device_name(device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -323,7 +259,11 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
     if data.rows < asked:
         notes.append(f"{job.settings.data} has {data.rows} rows, {asked} were asked for: used all")
     drawn = min(asked, data.rows)
-    if metadata.samples < drawn:
+    if (share := job.settings.share) is not None:
+        notes.append(
+            f"{path} is share {share}; when all are measured, add them up:  mergekit-fisher combine SHARE... --out SIDECAR"
+        )
+    elif metadata.samples < drawn:
         notes.append(
             f"{drawn - metadata.samples} of {drawn} samples held nothing to predict within {metadata.max_length} tokens "
             "and were left out"
@@ -350,11 +290,6 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
             "compare them, and use label_map."
         )
     preferred = store.find(job.checkpoint, job.settings.kind)
-    if not job.elsewhere and preferred != path:
+    if not job.elsewhere and share is None and preferred != path:
         notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
     return notes
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")
-    return {library: version(library) for library in libraries} | {"python": platform.python_version()}

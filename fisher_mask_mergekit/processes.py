@@ -64,22 +64,24 @@ class Processes:
         """Whether something is so in any of them."""
         return any(self.gathered(flag))
 
-    def agree(self, what: Mapping[str, str]) -> None:
-        """Refuse to go on unless all processes have all that the first has.
+    def agree(self, about: str, what: Mapping[str, str]) -> None:
+        """Refuse to go on unless all processes have the same.
 
         Args:
+            about: What it is of.
             what: By the name that a message gives it.
 
         Raises:
             ProcessError: If one has something else than the first (names the process).
         """
-        first, *others = self.gathered((_host(), dict(what)))
+        (first_host, wanted), *others = self.gathered((_host(), dict(what)))
         for rank, (host, values) in enumerate(others, 1):
-            for name, value in first[1].items():
-                if values.get(name) != value:
+            for name in {**wanted, **values}:
+                there, here = values.get(name, "none"), wanted.get(name, "none")
+                if there != here:
                     raise ProcessError(
-                        f"process {rank} on {host} has other {name} than process 0 on {first[0]}: "
-                        f"{values.get(name, 'none'):.60}, not {value:.60}. All must read the same files with the same versions"
+                        f"{about}: process {rank} on {host} has {name} {there:.60}, process 0 on {first_host} has {here:.60}. "
+                        "All must read the same files, with the same versions and options"
                     )
 
     def added(self, tally: Tally[Any], device: torch.device) -> Tally[Any]:

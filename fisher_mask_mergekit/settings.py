@@ -55,6 +55,7 @@ class FisherSettings(_Settings):
         max_length: Tokens per sample at most; the checkpoint's own limit, at most 512, if not given.
         batch_size: Samples per batch: with ``estimator: batch`` part of the definition, and 32 if not given; else
             at most so many, which only matters for speed and memory.
+        share: ``K/N``: only the K-th of N shares of the samples; see :meth:`in_share`.
         estimator: ``sample``, squares of per-sample gradients, mean over samples (eq. 4); or ``batch``,
             squares of the gradient of each batch's mean loss, summed over batches (the released code).
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
@@ -73,6 +74,7 @@ class FisherSettings(_Settings):
     label_map: dict[str | int, str | int] | None = None
     max_length: int | None = Field(default=None, ge=2)
     batch_size: int | None = Field(default=None, ge=1)
+    share: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$")
     estimator: Estimator = "sample"
     mask_placement: MaskPlacement = "post"
     labels: Labels = "data"
@@ -89,8 +91,36 @@ class FisherSettings(_Settings):
         definition = self.model_dump(mode="json", exclude={"batch_size"})
         return definition | {"batch_size": self.rows} if self.estimator == "batch" else definition
 
+    @property
+    def share_of(self) -> tuple[int, int]:
+        """K and N."""
+        number, of = (self.share or "1/1").split("/")
+        return int(number), int(of)
+
+    def in_share(self, place: int) -> bool:
+        """Whether a sample is to be measured, by its place among the drawn ones that hold something to predict.
+
+        Of N shares, each takes every N-th sample, or, where batches are part of the definition, every N-th batch. So
+        they have no sample in common, and together they have all.
+        """
+        number, of = self.share_of
+        return place // self._each % of == number - 1
+
+    def share_size(self, total: int) -> int:
+        """How many of so many samples are to be measured."""
+        number, of = self.share_of
+        rounds, rest = divmod(total, of * self._each)
+        return rounds * self._each + min(max(rest - (number - 1) * self._each, 0), self._each)
+
+    @property
+    def _each(self) -> int:
+        """How many samples in a row are in one share."""
+        return (self.rows or 1) if self.estimator == "batch" else 1
+
     @model_validator(mode="after")
     def _combinable(self) -> "FisherSettings":
+        if self.share_of[0] > self.share_of[1]:
+            raise ValueError(f"share {self.share}: expected K/N with K from 1 to N")
         if self.estimator == "batch" and self.labels == "exact":
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"

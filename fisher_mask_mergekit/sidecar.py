@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -124,7 +124,22 @@ class Measurement(Record):
         )
 
 
-AnyMeasurement = TypeVar("AnyMeasurement", bound=Measurement)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class OfEitherKind(Protocol):
+    """What both kinds of sidecars have."""
+
+    @property
+    def metadata(self) -> Measurement:
+        """What was measured and how."""
+
+    @property
+    def source(self) -> str:
+        """Where it was read from, for messages."""
+
+
+EitherKind = TypeVar("EitherKind", bound=OfEitherKind)
 
 
 class Metadata(Measurement):
@@ -143,7 +158,7 @@ class Sidecar:
 
     Attributes:
         metadata: What was measured and how.
-        fisher: Per site's output projection, its Fisher vectors, float32.
+        fisher: Per site's output projection, its Fisher vectors, of :func:`fisher_dtype`.
         values: Per governed tensor, some of its values, see :func:`~fisher_mask_mergekit.recognition.probe`.
         source: Where it was read from, for messages.
     """
@@ -193,6 +208,25 @@ class Sidecar:
         """
         known = self._recognition.which(name, tensor)
         return None if known is None else self.governed[known]
+
+
+def fisher_dtype(settings: FisherSettings) -> torch.dtype:
+    """Of the numbers in a sidecar: what is still to be added to others is rounded afterwards."""
+    return torch.float32 if settings.share is None else torch.float64
+
+
+def whole(sidecar: EitherKind) -> EitherKind:
+    """The same, unless it was measured on a share of the samples only.
+
+    Raises:
+        SidecarError: If it was.
+    """
+    if (share := sidecar.metadata.settings.share) is not None:
+        raise SidecarError(
+            f"{sidecar.source} is share {share} of a measurement, not all of it. Add it to the other shares:  "
+            "mergekit-fisher combine SHARE... --out SIDECAR"
+        )
+    return sidecar
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -293,7 +327,7 @@ def check_version(path: Path, version: Any, known: int) -> None:
         )
 
 
-def parse(kind: type[AnyMeasurement], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyMeasurement:
+def parse(kind: type[AnyRecord], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyRecord:
     """Metadata that is whole and as it must be.
 
     Args:
@@ -330,9 +364,14 @@ def _assemble(metadata: Metadata, tensors: Mapping[str, Tensor], path: Path) -> 
         want = expected.get(name, "no such tensor")
         if got != want:
             raise SidecarError(f"{path}: tensor '{name:.100}': expected {want}, got {got}")
-        wide = tensors[name].dtype == torch.float64 and name == "values"
-        if tensors[name].dtype != torch.float32 and not wide:
-            raise SidecarError(f"{path}: tensor '{name:.100}': expected float32, got {tensors[name].dtype}")
+        dtype = fisher_dtype(metadata.settings)
+        if tensors[name].dtype != dtype and not (
+            name == "values" and tensors[name].dtype in (torch.float32, torch.float64)
+        ):
+            expected_dtype = str(dtype).removeprefix("torch.")
+            raise SidecarError(
+                f"{path}: tensor '{name:.100}': expected {expected_dtype}, got {tensors[name].dtype}"
+            )
     fisher = {
         site.output: {node: tensors[f"{site.output}.{node}"] for node in site.nodes()}
         for site in metadata.sites

@@ -125,6 +125,11 @@ def destination(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
     return cached(checkpoint, kind)
 
 
+def of_share(path: Path, share: str | None) -> Path:
+    """Where the sidecar of a share ``K/N`` goes, where that of all samples goes to ``path``: ``NAME-K-of-N``."""
+    return path.with_stem(f"{path.stem}-{share.replace('/', '-of-')}") if share else path
+
+
 @contextmanager
 def alone(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Keep other processes from writing to ``path`` meanwhile; clears away what killed ones left half-written of it.
@@ -168,25 +173,44 @@ def clear_away(path: Path) -> None:
             pass
 
 
+def partial_path(path: Path) -> Path:
+    """Where the sums of a measurement into ``path`` are kept until it is finished; not cleared away by :func:`alone`."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it: there is a whole file or none.
 
     Raises:
         OSError: If it cannot be written; whatever was at ``path`` is untouched.
     """
-    temporary = ""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path, target: Path | None = None) -> Iterator[Path]:
+    """A temporary file, which takes its place at the end, unless something is raised.
+
+    Args:
+        path: Its place.
+        target: With what killed processes left of which it is cleared away; ``path`` itself, if not given.
+
+    Raises:
+        OSError: If it cannot be written; whatever was at ``path`` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{(target or path).name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~umask())
-        Path(temporary).replace(path)
+        temporary.chmod(0o666 & ~umask())
+        temporary.replace(path)
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """What was summed over samples so far: enough to go on from, to add to another's, and to make means of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor
+
+from fisher_mask_mergekit.errors import MeasurementError
 
 Key = TypeVar("Key")
 
@@ -33,6 +35,19 @@ class Tally(Generic[Key]):
     checked: int = 0
     checked_padded: bool = False
     too_large: int | None = None
+
+    def check_shapes(self, shapes: Mapping[Key, tuple[int, ...]]) -> None:
+        """Refuse sums that are not of what is to be added to.
+
+        Raises:
+            MeasurementError: If there is one of something else, or of another shape.
+        """
+        for key, total in self.sums.items():
+            if tuple(total.shape) != shapes.get(key):
+                raise MeasurementError(
+                    f"the sums to go on from do not fit the model: of {key} they are {list(total.shape)}, expected "
+                    f"{shapes.get(key, 'none')}; begin anew, with --force"
+                )
 
 
 Settle = Callable[[Tally[Key]], Tally[Key]]

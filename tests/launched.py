@@ -103,7 +103,7 @@ def measured(case: Case, folder: Path, **processes: Any) -> Any:
     import torch
 
     from fisher_mask_mergekit.job import prepare
-    from fisher_mask_mergekit.prepass import measure
+    from fisher_mask_mergekit.measuring import measure
     from fisher_mask_mergekit.settings import FisherSettings
 
     given = {"samples": 7, "dtype": "float64", "data": str(folder / "data.jsonl"), **case.settings}

@@ -539,7 +539,7 @@ def test_ctrl_c_leaves_no_file(tmp_path: Path, model: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 130, errors
-    assert "interrupted; no unfinished file was left" in errors
+    assert "interrupted; no half-written file was left" in errors
     assert "Traceback" not in errors
     assert sidecars(tmp_path) == []
 

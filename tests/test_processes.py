@@ -23,7 +23,7 @@ from fisher_mask_mergekit.errors import CheckpointError, DataError, ProcessError
 from fisher_mask_mergekit.execution import check_options
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.loading import check_on_gpus
-from fisher_mask_mergekit.prepass import Measured
+from fisher_mask_mergekit.measuring import Measured
 from fisher_mask_mergekit.processes import one_error
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import read
@@ -126,7 +126,7 @@ def test_processes_that_read_other_rows_refuse_with_one_error(folder: Path, tmp_
     assert [one.code for one in ended] == [1, 1]
     (line,) = told(ended)
     assert re.search(
-        r"ProcessError: .*process 1 on \S+ has other rows of data.jsonl for \S+ than process 0", line
+        r"ProcessError: .*/bert: process 1 on \S+ has the drawn rows \w+, process 0 on \S+ has \w+", line
     )
     assert not [file for place in places for file in place.glob("*.safetensors")]
 

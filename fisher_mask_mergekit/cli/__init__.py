@@ -7,6 +7,7 @@ import typer
 from fisher_mask_mergekit import __version__
 from fisher_mask_mergekit.cli.after import demo, heads
 from fisher_mask_mergekit.cli.before import check, init, inspect, sites
+from fisher_mask_mergekit.cli.combine import combine
 from fisher_mask_mergekit.cli.compute import compute
 from fisher_mask_mergekit.cli.evaluate import evaluate
 from fisher_mask_mergekit.cli.hub import pull, push
@@ -43,7 +44,21 @@ def _options(
         raise typer.Exit(2)
 
 
-for command in (compute, init, sites, inspect, verify, check, heads, evaluate, tune, push, pull, demo):
+for command in (
+    compute,
+    combine,
+    init,
+    sites,
+    inspect,
+    verify,
+    check,
+    heads,
+    evaluate,
+    tune,
+    push,
+    pull,
+    demo,
+):
     app.command()(command)
 
 

@@ -87,6 +87,13 @@ def compute(
             help="Squared per-sample gradients, or the released code's squared batch gradients. [default: sample]"
         ),
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Measure the K-th of N shares of the samples only, for mergekit-fisher combine. [default: all]",
+        ),
+    ] = None,
     mask_placement: Annotated[
         Literal["post", "pre"] | None,
         typer.Option(help="Neuron mask after or before the activation. [default: post]"),
@@ -107,6 +114,14 @@ def compute(
             "--recompute", help="Run layers a second time instead of keeping their activations: less memory."
         ),
     ] = False,
+    checkpoint_every: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="How often to save the sums so far, for the same command to go on from if it is interrupted; 0: never.",
+        ),
+    ] = 60,
     spread: Annotated[
         Literal["layers", "shards", "offload"] | None,
         typer.Option(
@@ -137,6 +152,7 @@ def compute(
         "label": label,
         "max_length": max_length,
         "batch_size": batch_size,
+        "share": share,
         "estimator": estimator,
         "mask_placement": mask_placement,
         "labels": labels,
@@ -183,7 +199,7 @@ def compute(
             raise RecipeError(
                 f"two models would be written to {min(twice)}; give each a place:  parameters: {{sidecar: PATH}}"
             )
-        prepass.check_alike(jobs, processes)
+        processes.agree(target, {"models": ", ".join(name for name, _, _ in wanted)})
         for (name, _, _), job in zip(wanted, jobs, strict=True):
             if not first:
                 prepass.assist(
@@ -197,6 +213,8 @@ def compute(
                     batch_tokens=batch_tokens,
                     recompute=recompute,
                     spread=spread,
+                    checkpoint_every=checkpoint_every,
+                    on_note=partial(_say_of, name),
                     on_wait=partial(
                         say, f"{name}: waiting for another process that measures into {job.target}"
                     ),
@@ -223,7 +241,7 @@ def _requests(
     from fisher_mask_mergekit import hub
     from fisher_mask_mergekit.recipe import KIND_OF_METHOD, describe, read_recipe
     from fisher_mask_mergekit.settings import FisherSettings
-    from fisher_mask_mergekit.store import expanded
+    from fisher_mask_mergekit.store import expanded, of_share
 
     if Path(target).suffix not in (".yml", ".yaml") and not Path(target).is_file():
         if "data" not in overrides:
@@ -257,7 +275,8 @@ def _requests(
     for model in measurable:
         assert model.settings is not None
         path = paths.get(model.name)
-        yield model.name, model.settings, out or (expanded(path) if path else None)
+        share = model.settings.share
+        yield model.name, model.settings, out or (of_share(expanded(path), share) if path else None)
 
 
 def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
@@ -295,6 +314,10 @@ def _parse_json(text: str, option: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise RecipeError(f"{option}: not JSON: {error}, got '{text}'") from error
+
+
+def _say_of(name: str, note: str) -> None:
+    say(f"{name}: {note}")
 
 
 def _report(name: str, outcome: "Outcome") -> None:

@@ -25,7 +25,7 @@ def errors() -> Iterator[None]:
         say(f"{type(error).__name__}: {error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        say("interrupted; no unfinished file was left")
+        say("interrupted; no half-written file was left")
         raise typer.Exit(130) from None
 
 

@@ -15,7 +15,7 @@ from fisher_mask_mergekit.preview.inspection import sidecar_of
 from fisher_mask_mergekit.preview.peek import Peeked, same_weights
 from fisher_mask_mergekit.preview.plan import Output
 from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, Recipe, RecipeModel
-from fisher_mask_mergekit.sidecar import Measurement, Sidecar
+from fisher_mask_mergekit.sidecar import Measurement, Sidecar, whole
 
 _UNEQUAL_LOSSES = 2.0
 """From which ratio of losses on they are warned of."""
@@ -78,7 +78,7 @@ def _diagonal(
         peeked = models[model.name]
         try:
             path = store.sidecar_of(model.sidecar, peeked.checkpoint, "diagonal")
-            sidecar = None if path is None else read_diagonal(path)
+            sidecar = None if path is None else whole(read_diagonal(path))
         except SidecarError as error:
             yield Finding("error", "sidecar", str(error), _compute(recipe, model))
             continue

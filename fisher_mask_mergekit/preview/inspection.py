@@ -16,7 +16,7 @@ from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
 from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe, RecipeModel
-from fisher_mask_mergekit.sidecar import Sidecar, read
+from fisher_mask_mergekit.sidecar import Sidecar, read, whole
 from fisher_mask_mergekit.sites import layer_of, name_template
 
 
@@ -117,7 +117,7 @@ def sidecar_of(model: RecipeModel, peeked: Peeked) -> Sidecar | None:
         SidecarError: If there is one that cannot be used.
     """
     path = store.sidecar_of(model.sidecar, peeked.checkpoint)
-    return read(path) if path else None
+    return whole(read(path)) if path else None
 
 
 def sidecar_or_reason(model: RecipeModel) -> tuple[Sidecar | None, str]:
@@ -126,7 +126,7 @@ def sidecar_or_reason(model: RecipeModel) -> tuple[Sidecar | None, str]:
         # A recipe for the diagonal names a sidecar of the other kind.
         named = model.sidecar if model.kind == "mask" else None
         path = store.sidecar_of(named, peek(model.name).checkpoint)
-        return (read(path), "") if path else (None, f"{model.name} has no sidecar.")
+        return (whole(read(path)), "") if path else (None, f"{model.name} has no sidecar.")
     except FisherMaskError as error:
         return None, str(error)
 

@@ -17,7 +17,7 @@ from fisher_mask_mergekit.preview.peek import peek
 from fisher_mask_mergekit.sharing.card import describe, with_section, with_tags
 from fisher_mask_mergekit.sharing.hub_weights import compare_with_hub
 from fisher_mask_mergekit.sharing.public_metadata import public
-from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from fisher_mask_mergekit.sidecar import Sidecar, read, whole, write
 
 _CARD = "README.md"
 _PATH = store.BESIDE.as_posix()
@@ -46,17 +46,17 @@ def find_measured(target: str) -> Sidecar:
             is published already.
 
     Raises:
-        FisherMaskError: If there is none, or it cannot be read.
+        FisherMaskError: If there is none, it cannot be read, or it is of a share of the samples.
     """
     if Path(target).is_file():
-        return read(Path(target))
+        return whole(read(Path(target)))
     checkpoint = peek(target).checkpoint
     found = list(store.find_all(checkpoint))
     if not found:
         raise SidecarNotFoundError(
             f"there is no sidecar for {target}. Measure it:  mergekit-fisher compute {target} --data DATASET"
         )
-    return read(found[0 if checkpoint.revision is None else -1])
+    return whole(read(found[0 if checkpoint.revision is None else -1]))
 
 
 def publish(sidecar: Sidecar, repo: str, *, create_pr: bool = False, private: bool = False) -> Published:

@@ -1,0 +1,207 @@
+"""Sidecars of all shares of one request, added up to the sidecar of the whole."""
+
+import math
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_mask_mergekit import store
+from fisher_mask_mergekit.blocks import CPU_BYTES, Index, blocks
+from fisher_mask_mergekit.diagonal_sidecar import (
+    DiagonalSidecar,
+    may_replace_diagonal,
+    read_diagonal,
+    write_diagonal,
+)
+from fisher_mask_mergekit.errors import SidecarError
+from fisher_mask_mergekit.job import AnySidecar
+from fisher_mask_mergekit.request import DECISIVE
+from fisher_mask_mergekit.shown import one_line
+from fisher_mask_mergekit.sidecar import Measurement, Sidecar, fisher_dtype, may_replace, read, write
+
+_FACTS = {"architecture", "task", "weights", "trust_remote_code", "max_length"}
+
+
+def combine(paths: Sequence[Path], out: Path) -> AnySidecar:
+    r"""Add up what was measured on all N shares of one request.
+
+    .. math:: I = \frac{1}{\sum_k n_k} \sum_{k=1}^{N} n_k I_k
+
+    with :math:`I_k` the mean over the :math:`n_k` samples of share k; the plain sum with ``estimator: batch``, which has no
+    mean. That is what one run over all samples measures, since its mean runs over the same samples: shares have no sample in
+    common, and all have been drawn alike.
+
+    Args:
+        paths: The shares' sidecars, in any order; all of one kind.
+        out: Where the whole one goes.
+
+    Returns:
+        It. Its settings are those of the request, without a share.
+
+    Raises:
+        SidecarError: If one cannot be read or is not a share, one is missing or given twice, they are not of one
+            request and checkpoint (names what differs), or the result cannot be written.
+    """
+    shares = _in_order([read_diagonal(path) if path.is_dir() else read(path) for path in paths])
+    if out.resolve() in [path.resolve() for path in paths]:
+        raise SidecarError(f"{out} is one of the shares; write the whole to another place")
+    is_diagonal = isinstance(shares[0], DiagonalSidecar)
+    if not (may_replace_diagonal(out) if is_diagonal else may_replace(out)):
+        raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
+    facts = _facts([share.metadata for share in shares])
+    try:
+        with store.alone(out):
+            masks = [share for share in shares if isinstance(share, Sidecar)]
+            if masks:
+                return _write_mask(masks, facts, out)
+            return _write_diagonal([s for s in shares if isinstance(s, DiagonalSidecar)], facts, out)
+    except OSError as error:
+        raise SidecarError(f"cannot write {out}: {error.strerror or error}; nothing was written") from error
+
+
+def _in_order(sidecars: Sequence[AnySidecar]) -> list[AnySidecar]:
+    """The first to the last share; refuses what is not all of them, once each and of one request."""
+    first = sidecars[0]
+    known: dict[int, AnySidecar] = {}
+    for sidecar in sidecars:
+        settings = sidecar.metadata.settings
+        if settings.share is None:
+            raise SidecarError(
+                f"{sidecar.source} was measured on all samples that its request draws, and whether others are among them "
+                "cannot be told; only shares of one request add up:  mergekit-fisher compute --share K/N"
+            )
+        number, _ = settings.share_of
+        if number in known:
+            raise SidecarError(
+                f"share {settings.share} is given twice: {known[number].source} and {sidecar.source}"
+            )
+        known[number] = sidecar
+        _check_alike(first, sidecar)
+    _, of = first.metadata.settings.share_of
+    if (missing := next((number for number in range(1, of + 1) if number not in known), None)) is not None:
+        raise SidecarError(f"share {missing}/{of} is missing: {len(known)} of {of} are given")
+    total = sum(sidecar.metadata.samples for sidecar in sidecars)
+    for sidecar in sidecars:
+        expected = sidecar.metadata.settings.share_size(total)
+        if sidecar.metadata.samples != expected:
+            raise SidecarError(
+                f"{sidecar.source} is of {sidecar.metadata.samples} samples; as share {sidecar.metadata.settings.share} of "
+                f"{total} it would be of {expected}"
+            )
+    return [known[number] for number in sorted(known)]
+
+
+def _check_alike(first: AnySidecar, other: AnySidecar) -> None:
+    one, two = dict(_compared(first)), dict(_compared(other))
+    for name, value in one.items():
+        if value != two.get(name):
+            raise SidecarError(
+                f"{first.source} and {other.source} do not add up: {name} is {_shown(value)} there, {_shown(two.get(name))} "
+                "here"
+            )
+
+
+def _shown(value: Any) -> str:
+    return one_line(reprlib.repr(value))
+
+
+def _compared(sidecar: AnySidecar) -> Iterator[tuple[str, Any]]:
+    """What the shares of one request have in common. What files are called where each was measured is not among it."""
+    metadata = sidecar.metadata
+    yield from metadata.model_dump(mode="json", include=_FACTS).items()
+    settings = metadata.settings.definition()
+    settings["share"] = f"one of {metadata.settings.share_of[1]}"
+    del settings["data"]
+    yield from ((f"settings.{name}", value) for name, value in settings.items())
+    yield from ((f"data.{name}", value) for name, value in metadata.data)
+    yield from ((f"versions.{library}", metadata.versions.get(library)) for library in DECISIVE)
+    if isinstance(sidecar, Sidecar):
+        yield "sites", sidecar.metadata.sites
+        yield "values", {name: value.tolist() for name, value in sidecar.values.items()}
+    else:
+        yield "tensors", [one.model_copy(update={"sha256": ""}) for one in sidecar.metadata.tensors]
+        yield "views", sidecar.metadata.views
+        yield "others", sidecar.metadata.others
+
+
+def _facts(shares: Sequence[Measurement]) -> dict[str, Any]:
+    """What a run over all samples would say of itself; of names that differ, that of the first share."""
+    total = sum(share.samples for share in shares)
+
+    def mean(value: Callable[[Measurement], float]) -> float:
+        return math.fsum(share.samples * value(share) for share in shares) / total
+
+    first = shares[0]
+    accuracies = [share.accuracy for share in shares if share.accuracy is not None]
+    return {
+        "settings": first.settings.model_copy(update={"share": None}),
+        "samples": total,
+        "truncated": sum(share.truncated for share in shares),
+        "accuracy": min(1.0, mean(lambda share: share.accuracy or 0.0)) if accuracies else None,
+        "loss": mean(lambda share: share.loss),
+        "versions": {
+            library: _listed(share.versions.get(library, "unknown") for share in shares)
+            for library in first.versions
+        },
+        "device": _listed(share.device for share in shares),
+        "date": max(share.date for share in shares),
+    }
+
+
+def _listed(values: Iterator[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def _write_mask(shares: Sequence[Sidecar], facts: Mapping[str, Any], out: Path) -> Sidecar:
+    metadata = shares[0].metadata.model_copy(update=facts)
+    factors = _factors(shares)
+    dtype = fisher_dtype(metadata.settings)
+    fisher = {
+        output: {
+            node: _sum([share.fisher[output][node] for share in shares], factors).to(dtype)
+            for node in vectors
+        }
+        for output, vectors in shares[0].fisher.items()
+    }
+    whole = Sidecar(metadata, fisher, shares[0].values, str(out))
+    write(whole, out)
+    return whole
+
+
+def _write_diagonal(
+    shares: Sequence[DiagonalSidecar], facts: Mapping[str, Any], out: Path
+) -> DiagonalSidecar:
+    factors = _factors(shares)
+    mean = math.fsum(factor * share.metadata.mean for factor, share in zip(factors, shares, strict=True))
+    metadata = shares[0].metadata.model_copy(update={**facts, "mean": mean})
+
+    def fisher(name: str) -> Tensor:
+        records = [share.records[name] for share in shares]
+        total = torch.empty(records[0].shape)
+
+        def part(index: Index) -> Tensor:
+            parts = [share.fisher(one, index) for share, one in zip(shares, records, strict=True)]
+            return _sum(parts, factors)
+
+        for index in blocks(records[0].shape, CPU_BYTES // 8):
+            total[index] = part(index).to(total.dtype)
+        return total
+
+    return write_diagonal(metadata, fisher, out)
+
+
+def _factors(shares: Sequence[AnySidecar]) -> list[float]:
+    """What each share's numbers count by."""
+    if shares[0].metadata.settings.estimator == "batch":
+        return [1.0] * len(shares)
+    total = sum(share.metadata.samples for share in shares)
+    return [share.metadata.samples / total for share in shares]
+
+
+def _sum(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """In float64."""
+    return torch.stack([part.double() * factor for part, factor in zip(parts, factors, strict=True)]).sum(0)

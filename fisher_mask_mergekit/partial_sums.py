@@ -1,0 +1,234 @@
+"""Partial sums: what a measurement that was interrupted goes on from.
+
+They lie in one safetensors file beside the sidecar's place, ``.NAME.partial``, described in ``docs/sidecar.md``.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fisher_mask_mergekit.errors import SidecarError, first_line
+from fisher_mask_mergekit.seal import seal
+from fisher_mask_mergekit.shown import one_line
+from fisher_mask_mergekit.sidecar import METADATA_KEY, Record, check_version, parse
+from fisher_mask_mergekit.sites import Count
+from fisher_mask_mergekit.store import partial_path, whole_file
+from fisher_mask_mergekit.tally import Key, Tally
+from fisher_mask_mergekit.untrusted import read_header, read_json
+
+FORMAT_VERSION: Literal[1] = 1
+EVERY = 60.0
+"""Seconds from one writing to the next."""
+
+_SHARE_OF_TIME = 1 / 20
+"""That writing may take at most: full-size sums are as large as the model, and take longer than mask nodes' do."""
+
+
+class PartialMetadata(Record):
+    """What partial sums are of.
+
+    Attributes:
+        format_version: Of this file format.
+        request: All that the numbers depend on, to their last bit, by what it is called.
+        samples: How many samples are in the sums: the first of the order that batches have them in.
+        total: How many are to be.
+        loss: As in a :class:`~fisher_mask_mergekit.tally.Tally`, and so those below.
+    """
+
+    format_version: Literal[1]
+    request: dict[str, Any]
+    samples: Count = Field(ge=1)
+    total: Count
+    loss: float = Field(allow_inf_nan=False)
+    correct: float = Field(allow_inf_nan=False)
+    one_by_one: bool
+    checked: Count
+    checked_padded: bool
+    too_large: Count | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.samples > self.total:
+            raise ValueError("expected no more samples than there are to be")
+        return self
+
+
+@dataclass
+class PartialSums(Generic[Key]):
+    """Where a measurement's sums are kept while it runs.
+
+    Attributes:
+        target: The sidecar's place.
+        find_request: Says what the numbers depend on. Asked only if there is something to be compared or written.
+        keys: The sums' keys by the names that they have in the file.
+        total: How many samples there are.
+        every: Seconds from one writing to the next, at least; more where writing takes long.
+        say: Tells the user something.
+        clock: Seconds.
+    """
+
+    target: Path
+    find_request: Callable[[], Mapping[str, Any]]
+    keys: Mapping[str, Key]
+    total: int
+    every: float
+    say: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    _next: float = field(init=False)
+    _failed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._next = self.clock() + self.every
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return partial_path(self.target)
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        return dict(self.find_request())
+
+    def begin(self, most: int) -> Tally[Key] | None:
+        """What an interrupted run of the same request left; None if there is nothing to go on from.
+
+        What is damaged is told of and left out of account: there is nothing in it that could be saved.
+
+        Args:
+            most: Bytes that the file may have.
+
+        Raises:
+            SidecarError: If it is of another request (names what differs).
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            metadata, sums = _read(self.path, self.keys, most)
+        except SidecarError as error:
+            self.say(f"the sums of an interrupted run cannot be used, so this one begins anew: {error}")
+            return None
+        self._check_request(metadata)
+        self.say(
+            f"going on after {metadata.samples} of {self.total} samples that an interrupted run measured ({self.path})"
+        )
+        fields = metadata.model_dump(include=_TALLIED)
+        return Tally(sums={self.keys[name]: total for name, total in sums.items()}, **fields)
+
+    def _check_request(self, metadata: PartialMetadata) -> None:
+        then, now = metadata.request, self.request
+        other = [
+            f"{name} {_shown(then.get(name))}, now {_shown(now.get(name))}"
+            for name in {**now, **then}
+            if then.get(name) != now.get(name)
+        ]
+        if metadata.total != self.total:
+            other.append(f"{metadata.total} samples with something to predict, now {self.total}")
+        if other:
+            raise SidecarError(
+                f"an interrupted run left sums over {metadata.samples} of {metadata.total} samples that do not go with "
+                f"this one's: {'; '.join(other)}. Run its command again to go on with it, or begin anew:  --force\n"
+                f"  (they are in {self.path})"
+            )
+
+    def keep(self, tally: Tally[Key], check: Callable[[], None]) -> None:
+        """Write what was summed so far, if it is time.
+
+        Args:
+            tally: It.
+            check: Raises an error if what is measured has changed.
+        """
+        if self._failed or self.clock() < self._next:
+            return
+        request = (
+            self.request
+        )  # Of files that are still as they were measured, which is looked at afterwards.
+        check()
+        metadata = PartialMetadata(
+            format_version=FORMAT_VERSION,
+            request=request,
+            total=self.total,
+            **{name: getattr(tally, name) for name in _TALLIED},
+        )
+        started = self.clock()
+        try:
+            self._write(metadata, tally)
+        except OSError as error:
+            self._failed = True
+            self.say(
+                f"cannot write {self.path}: {error.strerror or error}; measuring goes on, and begins anew if it is interrupted"
+            )
+        ended = self.clock()
+        self._next = ended + max(self.every, (ended - started) / _SHARE_OF_TIME)
+
+    def remove(self) -> None:
+        """There is nothing left to go on with."""
+        with suppress(OSError):  # What was measured is measured all the same.
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, metadata: PartialMetadata, tally: Tally[Key]) -> None:
+        sums = {
+            name: tally.sums[key].detach().cpu().contiguous()
+            for name, key in self.keys.items()
+            if key in tally.sums
+        }
+        try:
+            with whole_file(self.path, self.target) as temporary:
+                save_file(sums, temporary, {METADATA_KEY: seal(metadata.model_dump_json(), sums)})
+        except SafetensorError as error:
+            raise OSError(first_line(error)) from error
+
+
+_TALLIED = {"samples", "loss", "correct", "one_by_one", "checked", "checked_padded", "too_large"}
+
+
+def _shown(value: Any) -> str:
+    """A digest is known by its beginning."""
+    text = "none" if value is None else one_line(str(value))
+    return f"{text:.12}" if len(text) == 64 else f"{text:.80}"
+
+
+def _read(path: Path, keys: Mapping[str, Any], most: int) -> tuple[PartialMetadata, dict[str, Tensor]]:
+    """Read and check partial sums. They are not trusted: nothing in them is executed or used as a path.
+
+    Raises:
+        SidecarError: If they are not whole, or not of a format that this version knows.
+    """
+    try:
+        if path.stat().st_size > most:
+            raise SidecarError(f"{path} is larger than {most} bytes")
+        with path.open("rb") as file:
+            text = read_json(read_header(file, path).decode(), path)["__metadata__"][METADATA_KEY]
+        version = read_json(text, path)["format_version"]
+        check_version(path, version, FORMAT_VERSION)
+        with safe_open(path, framework="pt") as tensors:
+            sums = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise SidecarError(f"{path} holds no partial sums: {first_line(error)}") from error
+    metadata = parse(PartialMetadata, text, sums, path)
+    for name, total in sums.items():
+        if name not in keys:
+            raise SidecarError(f"{path}: nothing in the checkpoint is called '{name:.100}'")
+        if total.dtype not in (torch.float32, torch.float64) or not bool(
+            (total.isfinite() & (total >= 0)).all()
+        ):
+            raise SidecarError(f"{path}: {name} has values that are negative, not finite, or {total.dtype}")
+    return metadata, {name: total.clone() for name, total in sums.items()}
