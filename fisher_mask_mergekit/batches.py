@@ -1,7 +1,7 @@
 """From samples to batches: tokens, then padding."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -33,8 +33,16 @@ class Limit:
         return not (self.tokens and rows * width > self.tokens) and not (self.rows and rows > self.rows)
 
 
-def growing_limits(device: torch.device, rows: int | None) -> Iterator[Limit]:
-    """From :data:`FIRST_TOKENS`, on a GPU twice as many for the next batch while as much memory is free as was used."""
+def growing_limits(
+    device: torch.device, rows: int | None, agree: Callable[[bool], bool] | None = None
+) -> Iterator[Limit]:
+    """From :data:`FIRST_TOKENS`, on a GPU twice as many for the next batch while as much memory is free as was used.
+
+    Args:
+        device: Where the batches run.
+        rows: Samples at most; None for any number.
+        agree: Whether memory is full anywhere, where several processes must have alike batches.
+    """
     tokens = FIRST_TOKENS
     if device.type == "cuda":  # What an earlier model took says nothing of this one.
         torch.cuda.empty_cache()
@@ -43,7 +51,8 @@ def growing_limits(device: torch.device, rows: int | None) -> Iterator[Limit]:
         yield Limit(tokens, rows)
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            tokens *= 2 if free > torch.cuda.max_memory_reserved(device) else 1
+            full = free <= torch.cuda.max_memory_reserved(device)
+            tokens *= 1 if (full if agree is None else agree(full)) else 2
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def padded_batches(
     """
     limits = repeat(limits) if isinstance(limits, Limit) else limits
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
-    order = sorted(widths, key=lambda index: -widths[index]) if by_length else list(widths)
+    order = _longest_first(widths) if by_length else list(widths)
     start = skip
     while start < len(order):
         limit, stop, width = next(limits), start + 1, widths[order[start]]
@@ -128,13 +137,69 @@ def padded_batches(
             if not limit.allows(stop + 1 - start, width):
                 break
             stop += 1
-        index, start = order[start:stop], stop
-        rows = [encoded.samples[i] for i in index]
-        inputs = {
-            name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)
-            for name in rows[0].inputs
-        }
-        yield Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
+        yield _batch(encoded, order[start:stop], tokenizer, device)
+        start = stop
+
+
+def batches_in_step(
+    encoded: EncodedSamples,
+    tokenizer: Any,
+    *,
+    limits: Iterator[Limit],
+    rank: int,
+    count: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """One process's share in batches, longest samples first: all processes have as many of them, of as many samples each.
+
+    Where fewer samples are left than there are processes, those without one get one that does not count.
+
+    Args:
+        encoded: All samples.
+        tokenizer: The checkpoint's own.
+        limits: How much a batch may hold, one after the other; the same in all processes.
+        rank: Which process.
+        count: How many there are.
+        device: Where the batches go.
+    """
+    widths = {index: _width(sample) for index, sample in encoded.samples.items()}
+    order = _longest_first(widths)
+    while order:
+        limit, rows = next(limits), 1
+        while (rows + 1) * count <= len(order) and limit.allows(rows + 1, widths[order[0]]):
+            rows += 1
+        turn, order = order[: rows * count], order[rows * count :]
+        own = turn[rank::count]
+        yield replace(_batch(encoded, own or turn[:1], tokenizer, device), counts=bool(own))
+
+
+def _batch(encoded: EncodedSamples, index: list[int], tokenizer: Any, device: torch.device) -> Batch:
+    rows = [encoded.samples[i] for i in index]
+    inputs = {
+        name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)
+        for name in rows[0].inputs
+    }
+    return Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
+
+
+def _longest_first(widths: Mapping[int, int]) -> list[int]:
+    return sorted(widths, key=lambda index: -widths[index])
+
+
+def dealt(encoded: EncodedSamples, rank: int, count: int, batch: int | None = None) -> EncodedSamples:
+    """One process's share of the samples; the shares are disjoint, and one may be empty.
+
+    Args:
+        encoded: All of them.
+        rank: Which share.
+        count: How many shares there are.
+        batch: Samples of a batch where batches are part of the definition: those are dealt whole, in the order drawn.
+            None: single samples, longest first, so that all shares have like numbers of tokens.
+    """
+    widths = {index: _width(sample) for index, sample in encoded.samples.items()}
+    order = list(widths) if batch else _longest_first(widths)
+    own = {index for place, index in enumerate(order) if place // (batch or 1) % count == rank}
+    return encoded.part([index in own for index in encoded.samples].__getitem__)
 
 
 def _width(sample: Encoded) -> int:

@@ -191,13 +191,15 @@ class DiagonalGradients:
         with self._aside():
             if len(arrived) == 1 and call.kind == "embedding":
                 for sample, (rows, found) in enumerate(embedding_rows(call, gradient)):
-                    total.index_add_(0, rows, found.square() * self._factor(sample))
+                    total.index_add_(0, rows, found.square() * self._factor(sample, found.device))
                 return
             several = [per_sample(*one) for one in arrived]
             if len(several) == 1 and isinstance(several[0], Tensor):
                 squares = several[0].square()
-                weight = 1 if self._weight is None else self._weight.reshape(-1, *[1] * total.ndim)
-                total += (squares * weight).sum(0)
+                if self._weight is not None:
+                    # A model's layers may lie on several devices.
+                    squares = squares * self._weight.to(squares.device).reshape(-1, *[1] * total.ndim)
+                total += squares.sum(0)
                 return
             for sample, parts in enumerate(zip(*several, strict=True)):
                 self._square(total, sum(parts[1:], start=parts[0]), sample)
@@ -211,11 +213,11 @@ class DiagonalGradients:
         parameter.grad = None
 
     def _square(self, total: Tensor, gradient: Tensor, sample: int) -> None:
-        other = gradient if self._weight is None else gradient * self._factor(sample)
+        other = gradient if self._weight is None else gradient * self._factor(sample, gradient.device)
         total.addcmul_(gradient, other)
 
-    def _factor(self, sample: int) -> Tensor | float:
-        return 1.0 if self._weight is None else self._weight[sample]
+    def _factor(self, sample: int, device: torch.device) -> Tensor | float:
+        return 1.0 if self._weight is None else self._weight[sample].to(device)
 
     def _sum(self, name: str) -> Tensor:
         """What to add to."""

@@ -44,6 +44,14 @@ class HubError(SidecarError):
     """A sidecar cannot be had from the hub, or not be put there."""
 
 
+class ProcessError(FisherMaskError):
+    """The processes of one run lost each other, or have not the same before them."""
+
+
+class ToldError(FisherMaskError):
+    """Another process of the run has told what failed."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error that says something, else the error's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fisher_mask_mergekit.batches import Limit, growing_limits
 from fisher_mask_mergekit.errors import FisherMaskError, MeasurementError, RecipeError, first_line
-from fisher_mask_mergekit.passes import is_out_of_memory
+from fisher_mask_mergekit.passes import Agree, is_out_of_memory
 from fisher_mask_mergekit.settings import FisherSettings
 
 
@@ -31,12 +31,25 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def check_options(settings: FisherSettings, batch_tokens: int | None, *, recompute: bool) -> None:
+Spread = Literal["layers", "shards", "offload"]
+"""How weights are spread: whole layers over the GPUs of one process; in parts over all processes, on their GPUs or, until
+they are needed, in the processor's memory."""
+
+
+def is_in_parts(spread: Spread | None) -> bool:
+    """Whether every process has a part of each weight only, so that all must run alike."""
+    return spread in ("shards", "offload")
+
+
+def check_options(
+    settings: FisherSettings, batch_tokens: int | None, *, recompute: bool, spread: Spread | None = None
+) -> None:
     """Whether a measurement can run as it is asked to.
 
     Raises:
-        RecipeError: If batches are told apart by their tokens where they are part of the definition, or activations are
-            to be computed again where every module's input is needed in its turn.
+        RecipeError: If batches are told apart by their tokens where they are part of the definition, activations are
+            to be computed again where every module's input is needed in its turn, or weights are to be in parts where
+            every process has a sum per weight, or where batches may differ in their number of samples.
     """
     if settings.estimator == "batch" and batch_tokens is not None:
         raise RecipeError(
@@ -44,6 +57,14 @@ def check_options(settings: FisherSettings, batch_tokens: int | None, *, recompu
         )
     if settings.kind == "diagonal" and recompute:
         raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
+    if is_in_parts(spread) and settings.kind == "diagonal":
+        raise RecipeError(
+            f"kind 'diagonal' has a sum for every weight in every process; it takes no --spread {spread}"
+        )
+    if is_in_parts(spread) and settings.estimator == "batch":
+        raise RecipeError(
+            f"estimator 'batch' may end with a smaller batch, which not all processes have; it takes no --spread {spread}"
+        )
 
 
 def to_make_smaller(settings: FisherSettings) -> str:
@@ -53,7 +74,11 @@ def to_make_smaller(settings: FisherSettings) -> str:
 
 
 def batch_limits(
-    settings: FisherSettings, rows: int | None, tokens: int | None, device: torch.device
+    settings: FisherSettings,
+    rows: int | None,
+    tokens: int | None,
+    device: torch.device,
+    agree: Agree | None = None,
 ) -> Iterator[Limit]:
     """How much each batch of the pre-pass may hold.
 
@@ -62,10 +87,11 @@ def batch_limits(
         rows: Samples at most; None for any number.
         tokens: Tokens at most, padding included; None for as many as pay and fit.
         device: Where the batches run.
+        agree: As :func:`~fisher_mask_mergekit.passes.run_samples` takes it.
     """
     if settings.estimator == "batch":
         return repeat(Limit(rows=rows))
-    return growing_limits(device, rows) if tokens is None else repeat(Limit(tokens, rows))
+    return growing_limits(device, rows, agree) if tokens is None else repeat(Limit(tokens, rows))
 
 
 @contextmanager

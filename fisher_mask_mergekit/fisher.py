@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.mask_gradients import MaskGradients
-from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
+from fisher_mask_mergekit.passes import Agree, frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Estimator, Labels, MaskPlacement
 from fisher_mask_mergekit.sites import NodeKey, Site, stack_of
 from fisher_mask_mergekit.tally import Settle, Tally
@@ -51,6 +51,7 @@ def mask_fisher(
     tally: Tally[NodeKey] | None = None,
     on_batch: Callable[[Batch, Tally[NodeKey]], None] = lambda batch, tally: None,
     settle: Settle[NodeKey] = lambda tally: tally,
+    agree: Agree | None = None,
 ) -> MaskFisher:
     r"""Diagonal Fisher information of the mask nodes.
 
@@ -91,6 +92,7 @@ def mask_fisher(
         tally: What was summed over samples before, to go on from; added to in place.
         on_batch: Called after every batch, with what was summed up to there.
         settle: Called after the last batch; what it returns is made means of.
+        agree: As :func:`~fisher_mask_mergekit.passes.run_samples` takes it.
 
     Returns:
         The Fisher information and what else was seen of the samples.
@@ -104,11 +106,16 @@ def mask_fisher(
     """
     sites = tuple(sites)
     gradients = MaskGradients(model, sites, mask_placement, estimator, recompute, tally or Tally())
+    if agree is not None and gradients.tally.one_by_one:
+        raise MeasurementError(
+            "the nodes of its experts show in the gradients of their weights alone, which no process has whole; "
+            "take --spread layers"
+        )
     gradients.tally.check_shapes(
         {(site.output, node): shape for site in sites for node, shape in site.nodes().items()}
     )
     with frozen(model), gradients.attached():
-        run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
+        run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch, agree=agree)
     return _means(settle(gradients.tally), sites, estimator)
 
 

@@ -1,6 +1,7 @@
 """A checkpoint as transformers loads it: configuration, tokenizer, model, and how long a sample may be."""
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from fisher_mask_mergekit.checkpoint import Checkpoint, read_config, transformers_errors
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.skeleton import skeleton
 from fisher_mask_mergekit.tasks import Task, model_class, remote_code_error
 
 _LONGEST = 512
@@ -64,6 +66,8 @@ def load_model(
     tokenizer: Any,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    *,
+    in_layers: bool = False,
 ) -> nn.Module:
     """The checkpoint's model, whole.
 
@@ -74,9 +78,10 @@ def load_model(
         tokenizer: Its tokenizer.
         dtype: The weights'.
         state: Weights to take in place of the checkpoint's.
+        in_layers: Whether its layers are put on all GPUs that there are, by accelerate.
 
     Raises:
-        CheckpointError: If weights are missing.
+        CheckpointError: If weights are missing, or the layers do not fit on the GPUs.
     """
     with transformers_errors(checkpoint):
         model, report = kind.from_pretrained(
@@ -85,19 +90,47 @@ def load_model(
             dtype=dtype,
             state_dict=state,
             output_loading_info=True,
+            device_map="auto" if in_layers else None,
         )
     if report["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.name} has no {', '.join(sorted(report['missing_keys'])[:4])}: it is not a complete "
             f"{kind.__name__}"
         )
+    check_on_gpus(checkpoint.name, model)
+    _settle_config(model, tokenizer)
+    return model
+
+
+def check_on_gpus(name: str, model: Any) -> None:
+    """Refuse layers that accelerate left elsewhere: they come to a GPU to run, and stay there for the backward pass.
+
+    Raises:
+        CheckpointError: If there are any.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if elsewhere := places & {"cpu", "disk"}:
+        raise CheckpointError(
+            f"{name} does not fit on the GPUs here: layers were left on {', '.join(sorted(elsewhere))}. Take several "
+            "processes and --spread shards, or --spread offload, or dtype bfloat16"
+        )
+
+
+def bare_model(kind: Any, config: Any, tokenizer: Any, dtype: torch.dtype) -> nn.Module:
+    """The same model without values, on torch's meta device, in a dtype that it was made to run in."""
+    model = skeleton(kind, deepcopy(config))
+    _settle_config(model, tokenizer)
+    settle_dtype(model, model.dtype, dtype)
+    return model
+
+
+def _settle_config(model: Any, tokenizer: Any) -> None:
     text = model.config.get_text_config()
     if tokenizer.pad_token_id is not None:
         # Decoders find a sample's last token by it: it must be the one that batches are padded with.
         text.pad_token_id = tokenizer.pad_token_id
     # Nothing is generated: keys and values of earlier tokens need not be kept.
     text.use_cache = False
-    return model
 
 
 def settle_dtype(model: Any, loaded: torch.dtype, dtype: torch.dtype) -> None:

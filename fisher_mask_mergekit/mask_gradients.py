@@ -233,7 +233,8 @@ def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
     """One batch's contribution to the sum, ``[B, ...] -> [...]``."""
     squares = _wide(gradient).square()
     if weight is not None:
-        squares *= weight.reshape(-1, *[1] * (squares.ndim - 1))
+        # A model's layers may lie on several devices.
+        squares *= weight.to(squares.device).reshape(-1, *[1] * (squares.ndim - 1))
     return squares.sum(0)
 
 

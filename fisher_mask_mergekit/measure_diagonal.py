@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.diagonal_sidecar import (
@@ -27,8 +26,13 @@ from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 
 
-def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
+def load(job: Job, inputs: Inputs, *, in_layers: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model in the dtype asked for, and the values that a merge will know its parameters by.
+
+    Args:
+        job: What is measured.
+        inputs: On what.
+        in_layers: Whether its layers are put on all GPUs that there are.
 
     Raises:
         CheckpointError: If the files hold another layout than the model in memory (names the tensor).
@@ -42,7 +46,9 @@ def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
         stored[name] = probe(tensor)
         if names.views:  # What only the loaded model has, fused from others, must not have lost digits yet.
             wide = torch.promote_types(wide, tensor.dtype)
-    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
+    model: Any = load_model(
+        job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide, in_layers=in_layers
+    )
     values: dict[str, Tensor] = {}
     for name, value in stored.items():
         parameter = model.get_parameter(sources[name]).detach()
@@ -65,26 +71,22 @@ def _unsupported(job: Job, what: str) -> CheckpointError:
     )
 
 
+def check(job: Job, inputs: Inputs, model: nn.Module, device: torch.device) -> None:
+    """A parameter is what it is: nothing is taken for anything by its name."""
+
+
 def measure(
     job: Job,
-    inputs: Inputs,
     model: nn.Module,
-    device: torch.device,
-    limits: Iterator[Limit],
+    batches: Iterator[Batch],
+    *,
     recompute: bool,
     tally: Tally[str] | None,
     on_batch: Callable[[Batch, Tally[str]], None],
     settle: Settle[str],
+    agree: None,
 ) -> DiagonalFisher:
-    """Run the samples. Activations are never computed again: every module's input is needed in its turn."""
-    batches = padded_batches(
-        inputs.encoded,
-        inputs.tokenizer,
-        limits=limits,
-        by_length=True,
-        device=device,
-        skip=tally.samples if tally else 0,
-    )
+    """Run the samples. Activations are never computed again, and no process has only a part of the model."""
     settings = job.settings
     return diagonal_fisher(
         model,

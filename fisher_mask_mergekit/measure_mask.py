@@ -1,7 +1,6 @@
 """The pre-pass for mask nodes: the model as it must be loaded, its Fisher information, and the sidecar of it."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.layout_check import check_layout
 from fisher_mask_mergekit.loading import load_model, settle_dtype
+from fisher_mask_mergekit.passes import Agree
 from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.sidecar import FORMAT_VERSION, Metadata, Sidecar, fisher_dtype, write
 from fisher_mask_mergekit.sites import NodeKey, stack_of
@@ -21,8 +21,14 @@ from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 
 
-def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model in the dtype asked for, and the values that a merge will know its governed tensors by."""
+def load(job: Job, inputs: Inputs, *, in_layers: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model in the dtype asked for, and the values that a merge will know its governed tensors by.
+
+    Args:
+        job: What is measured.
+        inputs: On what.
+        in_layers: Whether its layers are put on all GPUs that there are.
+    """
     dtype = getattr(torch, job.settings.dtype)
     names = {tensor.name for site in job.sites for tensor in site.tensors}
     filed = names & tensor_shapes(job.checkpoint).keys()
@@ -32,38 +38,43 @@ def load(job: Job, inputs: Inputs) -> tuple[nn.Module, dict[str, Tensor]]:
         values[name] = probe(tensor)
         if made:  # What only the loaded model has, fused from others, must not have lost digits yet.
             wide = torch.promote_types(wide, tensor.dtype)
-    model: Any = load_model(job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide)
+    model: Any = load_model(
+        job.checkpoint, job.model_class, job.config, inputs.tokenizer, wide, in_layers=in_layers
+    )
     values |= {name: probe(model.get_parameter(name)) for name in made}
     settle_dtype(model, wide, dtype)
     return model, values
 
 
+def check(job: Job, inputs: Inputs, model: nn.Module, device: torch.device) -> None:
+    """Whether the rows taken to be its nodes' are, by the longest sample.
+
+    Raises:
+        MeasurementError: If not.
+    """
+    longest = next(
+        padded_batches(inputs.encoded, inputs.tokenizer, limits=Limit(rows=1), by_length=True, device=device)
+    )
+    check_layout(model, job.task, longest, sites_in(model))
+
+
 def measure(
     job: Job,
-    inputs: Inputs,
     model: nn.Module,
-    device: torch.device,
-    limits: Iterator[Limit],
+    batches: Iterator[Batch],
+    *,
     recompute: bool,
     tally: Tally[NodeKey] | None,
     on_batch: Callable[[Batch, Tally[NodeKey]], None],
     settle: Settle[NodeKey],
+    agree: Agree | None,
 ) -> MaskFisher:
     """Run the samples."""
     settings = job.settings
-    batched = partial(
-        padded_batches,
-        inputs.encoded,
-        inputs.tokenizer,
-        by_length=settings.estimator == "sample",
-        device=device,
-    )
-    sites = sites_in(model)  # As the model in memory is laid out, whatever the files are.
-    check_layout(model, job.task, next(batched(limits=Limit(rows=1))), sites)
     return mask_fisher(
         model,
-        batched(limits=limits, skip=tally.samples if tally else 0),
-        sites,
+        batches,
+        sites_in(model),  # As the model in memory is laid out, whatever the files are.
         job.task,
         labels=settings.labels,
         estimator=settings.estimator,
@@ -73,6 +84,7 @@ def measure(
         tally=tally,
         on_batch=on_batch,
         settle=settle,
+        agree=agree,
     )
 
 

@@ -14,6 +14,9 @@ from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
+Agree = Callable[[bool], bool]
+"""Whether something is so in any process of a run."""
+
 
 class Gradients(Protocol):
     """Hooks on a model that take what they need out of every backward pass."""
@@ -65,6 +68,7 @@ def run_samples(
     labels: Labels,
     seed: int,
     on_batch: Callable[[Batch, Tally[Any]], None],
+    agree: Agree | None = None,
 ) -> None:
     """One forward pass per batch and one backward pass per outcome that the labels ask for; the tally grows by each.
 
@@ -72,11 +76,21 @@ def run_samples(
     apart in it; else they run one at a time from then on. A batch that does not fit into memory runs in halves,
     and so does what is as large from then on.
 
+    Args:
+        gradients: Of the model.
+        batches: The samples.
+        task: What the loss is.
+        labels: Which outcomes.
+        seed: For ``sampled``.
+        on_batch: Called after every batch that counts, with what was summed up to there.
+        agree: If every process of a run has only a part of the model, all must run it equally often: with batches of
+            as many samples, and what one of them decides holds for all. None of those runs in halves.
+
     Raises:
         MeasurementError: If a loss is not finite, or a sample gives something else by itself than in its batch.
         torch.OutOfMemoryError: If there is no memory for a single sample.
     """
-    run = _Run(gradients, task, labels, seed)
+    run = _Run(gradients, task, labels, seed, agree)
     for batch in batches:
         parts = [batch]
         while parts:
@@ -87,8 +101,9 @@ def run_samples(
                 parts = [*part.halves(), *parts]
             else:
                 parts = [*run.attempt(part), *parts]
-        gradients.end_batch(len(batch.index))
-        on_batch(batch, gradients.tally)
+        if batch.counts:
+            gradients.end_batch(len(batch.index))
+            on_batch(batch, gradients.tally)
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class _Run:
     task: Task
     labels: Labels
     seed: int
+    agree: Agree | None
 
     @property
     def tally(self) -> Tally[Any]:
@@ -116,6 +132,8 @@ class _Run:
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(batch.index) == 1 or not self.gradients.can_forget():
                 raise
+            if self.agree is not None:
+                raise
             self.tally.too_large = batch.size
         return batch.halves()
 
@@ -124,11 +142,11 @@ class _Run:
         several = len(batch.index) > 1
         tally = self.tally
         padded = several and not tally.checked_padded and _is_padded(batch)
-        check = tally.checked == 0 or (tally.checked == 1 and several) or padded
+        check = self._anywhere(tally.checked == 0 or (tally.checked == 1 and several) or padded)
         seen = Seen(len(batch.index)) if check else None
         likelihood = self.gradients.run(self.task, batch, seen)
         if seen is not None:
-            apart = lie_apart(self.gradients, self.task, batch, likelihood, seen.ends)
+            apart = not self._anywhere(not lie_apart(self.gradients, self.task, batch, likelihood, seen.ends))
             tally.checked, tally.checked_padded = len(batch.index), tally.checked_padded or padded
             if not apart and not tally.one_by_one:
                 self.gradients.separate()
@@ -138,12 +156,17 @@ class _Run:
         _check_losses(losses, batch)
         for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
             self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
+        if not batch.counts:
+            return True
         loss, correct = float(losses.double().sum()), float(likelihood.correct().sum())
         self.gradients.keep()  # From here on nothing can fail: these samples count.
         tally.samples += len(losses)
         tally.loss += loss
         tally.correct += correct
         return True
+
+    def _anywhere(self, flag: bool) -> bool:
+        return flag if self.agree is None else self.agree(flag)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

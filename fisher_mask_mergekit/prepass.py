@@ -1,7 +1,6 @@
 """The pre-pass: a job in, one sidecar out."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fisher_mask_mergekit import measure_diagonal, measure_mask, store
-from fisher_mask_mergekit.batches import lacks_for_padding
+from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
-from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
+from fisher_mask_mergekit.execution import Spread
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.measuring import Measured, kind_of, measure
 from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
+from fisher_mask_mergekit.processes import ALONE, Processes
 from fisher_mask_mergekit.request import device_name, request_of, versions
 from fisher_mask_mergekit.sidecar import Measurement
-from fisher_mask_mergekit.tally import Settle, Tally
+from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
 from fisher_mask_mergekit.untrusted import MOST_SIDECAR_BYTES
 
@@ -48,56 +47,44 @@ class Outcome:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What :func:`measure` found.
-
-    Attributes:
-        fisher: The Fisher information.
-        values: What a merge will know the checkpoint's tensors by, see :func:`~fisher_mask_mergekit.recognition.probe`.
-        seconds: How long the measuring took.
-        notes: What the user should know.
-    """
-
-    fisher: MaskFisher | DiagonalFisher
-    values: dict[str, Tensor]
-    seconds: float
-    notes: tuple[str, ...]
-
-
 def compute(
     job: Job,
     device: torch.device,
     *,
     batch_tokens: int | None = None,
     recompute: bool = False,
+    spread: Spread | None = None,
     checkpoint_every: float = EVERY,
     on_wait: Callable[[], None] = lambda: None,
     on_note: Callable[[str], None] = lambda note: None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Measure a checkpoint and write its sidecar, unless the same request was measured before, or is meanwhile.
 
-    Of several processes with one target, one measures at a time.
+    Of several runs with one target, one measures at a time.
 
     Args:
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         device: Where to run.
         batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        spread: How the weights are spread over GPUs.
         checkpoint_every: Seconds from one writing of the sums so far to the next; 0 for never, and for beginning anew
             whatever an interrupted run left.
         on_wait: Called before waiting for another process.
         on_note: Called with what the user should know while it runs.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
+        processes: The run's, of which this is the first; the others call :func:`assist` meanwhile.
 
     Raises:
         FisherMaskError: On bad input, or if the checkpoint changes; nothing is written then.
     """
     if job.served is not None:
         store.clear_away(Path(job.served.source))
+        processes.told(False)
         return _served(job, job.served)
     with ExitStack() as stack:
         try:
@@ -106,14 +93,21 @@ def compute(
             raise SidecarError(
                 f"cannot write {job.target}: {error.strerror or error}; nothing was measured"
             ) from error
-        if (other := measured_meanwhile(job)) is not None:
+        other = measured_meanwhile(job)
+        if not processes.told(other is None):
+            assert other is not None
             return _served(job, other)
-        assert job.inputs is not None
         replaced = _replaced(job)
+        assert job.inputs is not None
+        if checkpoint_every and (processes.count > 1 or spread):
+            checkpoint_every = 0
+            on_note(
+                "measured in one go: what is summed is not saved on the way where weights or samples are spread"
+            )
         sums = PartialSums(
             job.target,
             partial(request_of, job, job.inputs, device, batch_tokens, recompute),
-            _kind(job).keys(job),
+            kind_of(job).keys(job),
             len(job.inputs.encoded.samples),
             checkpoint_every,
             on_note,
@@ -124,9 +118,9 @@ def compute(
             sums.keep(tally, partial(_check_unchanged, job))
             on_batch(batch)
 
-        found = measure(
-            job, job.inputs, device,
-            batch_tokens=batch_tokens, recompute=recompute, tally=begun, on_start=on_start, on_batch=keep,
+        found = _measure_together(
+            job, job.inputs, device, processes, batch_tokens, recompute,
+            spread=spread, tally=begun, on_start=on_start, on_batch=keep,
         )  # fmt: skip
         outcome = _save(job, found, device, replaced)
         sums.remove()
@@ -138,6 +132,59 @@ def _most_bytes(job: Job) -> int:
     return MOST_SIDECAR_BYTES + 8 * sum(size for _, size, _ in job.files.values())
 
 
+def assist(
+    job: Job,
+    device: torch.device,
+    processes: Processes,
+    *,
+    batch_tokens: int | None = None,
+    recompute: bool = False,
+    spread: Spread | None = None,
+) -> None:
+    """Measure a share of what the first process computes; it alone knows whether that is to be measured, and writes it.
+
+    Args:
+        job: As the first process has it, but that it was prepared with ``force``.
+        device: Where to run.
+        processes: The run's.
+        batch_tokens: As the first process has it.
+        recompute: Likewise.
+        spread: Likewise.
+
+    Raises:
+        FisherMaskError: On bad input, or if the checkpoint changes.
+    """
+    if processes.told(None):
+        assert job.inputs is not None
+        _measure_together(job, job.inputs, device, processes, batch_tokens, recompute, spread=spread)
+
+
+def _measure_together(
+    job: Job,
+    inputs: Inputs,
+    device: torch.device,
+    processes: Processes,
+    batch_tokens: int | None,
+    recompute: bool,
+    **how: Any,
+) -> Measured:
+    """Measure a share in each of the processes, which have all the same before them; only where they run may differ.
+
+    Raises:
+        ProcessError: If one has something else (names it).
+    """
+    if processes.count > 1:
+        request = request_of(job, inputs, device, batch_tokens, recompute)
+        what = {name: str(value) for name, value in request.items() if name != "device"}
+        processes.agree(job.checkpoint.name, what)
+    found = measure(
+        job, inputs, device, batch_tokens=batch_tokens, recompute=recompute, processes=processes, **how
+    )
+    _check_unchanged(job)
+    processes.gathered(None)  # Nothing is written unless all came as far as this.
+    return found
+
+
 def _served(job: Job, sidecar: AnySidecar) -> Outcome:
     path = Path(sidecar.source)
     return Outcome(sidecar, path, 0.0, True, tuple(_notes(job, sidecar.metadata, path)))
@@ -145,67 +192,10 @@ def _served(job: Job, sidecar: AnySidecar) -> Outcome:
 
 def _save(job: Job, found: Measured, device: torch.device, replaced: list[str]) -> Outcome:
     assert job.inputs is not None
-    _check_unchanged(job)
     facts = _facts(job, job.inputs, found.fisher, device)
-    sidecar = _kind(job).save(job, found.fisher, found.values, facts)
+    sidecar = kind_of(job).save(job, found.fisher, found.values, facts)
     notes = (*replaced, *found.notes, *_notes(job, sidecar.metadata, job.target))
     return Outcome(sidecar, job.target, found.seconds, False, notes)
-
-
-def measure(
-    job: Job,
-    inputs: Inputs,
-    device: torch.device,
-    *,
-    batch_tokens: int | None = None,
-    recompute: bool = False,
-    tally: Tally[Any] | None = None,
-    on_start: Callable[[int], None] = lambda samples: None,
-    on_batch: Callable[[Batch, Tally[Any]], None] = lambda batch, tally: None,
-    settle: Settle[Any] = lambda tally: tally,
-) -> Measured:
-    """Load a checkpoint and run samples through it; nothing is written.
-
-    Args:
-        job: What :func:`~fisher_mask_mergekit.job.prepare` found.
-        inputs: Its samples, or some of them.
-        device: Where to run.
-        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
-        recompute: Whether layers run again in the backward pass instead of keeping their activations.
-        tally: What was summed over the first of the samples before, in the order that batches have them.
-        on_start: Called before the first batch with the number of samples that are to run.
-        on_batch: Called after every batch, with what was summed up to there.
-        settle: Called after the last batch; what it returns is made means of.
-
-    Raises:
-        FisherMaskError: On bad input.
-    """
-    check_options(job.settings, batch_tokens, recompute=recompute)
-    kind = _kind(job)
-    model, values = kind.load(job, inputs)
-    rows, notes = job.settings.rows, []
-    if lacking := lacks_for_padding(inputs.tokenizer):
-        rows = 1
-        notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
-    if tally:
-        tally.sums = {key: total.to(device) for key, total in tally.sums.items()}
-    on_start(len(inputs.encoded.samples) - (tally.samples if tally else 0))
-    started = time.perf_counter()
-    limits = batch_limits(job.settings, rows, batch_tokens, device)
-    with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(job.settings)):
-        fisher = kind.measure(
-            job, inputs, model.to(device), device, limits, recompute, tally, on_batch, settle
-        )
-    seconds = time.perf_counter() - started
-    if fisher.one_by_one and rows != 1:
-        notes.append(
-            f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
-        )
-    return Measured(fisher, values, seconds, (*notes, *kind.notes(fisher)))
-
-
-def _kind(job: Job) -> Any:
-    return measure_mask if job.settings.kind == "mask" else measure_diagonal
 
 
 def _check_unchanged(job: Job) -> None:

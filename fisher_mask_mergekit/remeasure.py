@@ -19,7 +19,7 @@ from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import DataError, RecipeError
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, prepare
-from fisher_mask_mergekit.prepass import Measured, measure
+from fisher_mask_mergekit.measuring import Measured, measure
 from fisher_mask_mergekit.provenance import data_of
 from fisher_mask_mergekit.settings import WeightDtype
 from fisher_mask_mergekit.sidecar import DataRecord, Measurement, Sidecar

@@ -11,6 +11,8 @@ from fisher_mask_mergekit.cli.combine import combine
 from fisher_mask_mergekit.cli.compute import compute
 from fisher_mask_mergekit.cli.evaluate import evaluate
 from fisher_mask_mergekit.cli.hub import pull, push
+from fisher_mask_mergekit.cli.launched import is_first, is_launched
+from fisher_mask_mergekit.cli.output import say
 from fisher_mask_mergekit.cli.tune import tune
 from fisher_mask_mergekit.cli.verify import verify
 
@@ -31,11 +33,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "compute" and is_launched():
+        if is_first():
+            say(f"{context.invoked_subcommand} runs in one process; launch compute alone in several")
+        raise typer.Exit(2)
 
 
 for command in (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fisher_mask_mergekit.cli.launched import joined_processes, spread_by_launcher
 from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
 from fisher_mask_mergekit.cli.output import errors, print_lines, progress, say, silence_progress_bars
 from fisher_mask_mergekit.errors import RecipeError
@@ -121,6 +122,13 @@ def compute(
             help="How often to save the sums so far, for the same command to go on from if it is interrupted; 0: never.",
         ),
     ] = 60,
+    spread: Annotated[
+        Literal["layers", "shards", "offload"] | None,
+        typer.Option(
+            help="Spread the weights: layers over the GPUs of one process; shards over all processes that were launched; "
+            "offload, shards kept in main memory. [default: whole in every process]"
+        ),
+    ] = None,
     device: Device = None,
     out: Annotated[
         Path | None,
@@ -150,24 +158,40 @@ def compute(
         "labels": labels,
         "dtype": dtype,
     }
-    with errors():
+    spread = spread or spread_by_launcher()
+    with errors(), joined_processes(device, in_parts=spread in ("shards", "offload")) as joined:
         if text is not None:
             given["text"] = _parse_text(text)
         if label_map is not None:
             given["label_map"] = _parse_label_map(label_map)
         overrides = {name: value for name, value in given.items() if value is not None}
-        wanted = list(_requests(target, overrides, out))
+        wanted = list(_requests(target, overrides, out, looks=joined is None or joined[0].is_first))
         from fisher_mask_mergekit import prepass
         from fisher_mask_mergekit.execution import check_options, pick_device
         from fisher_mask_mergekit.job import prepare
+        from fisher_mask_mergekit.processes import ALONE
 
         silence_progress_bars()
-        where = pick_device(device)
+        processes, where = joined or (ALONE, pick_device(device))
+        first = processes.is_first
+        if spread == "layers" and (processes.count > 1 or device is not None):
+            raise RecipeError(
+                "--spread layers is for one process, which takes all GPUs of its machine: start no others, and give no --device"
+            )
+        if spread == "layers" and where.type == "cpu":
+            raise RecipeError("--spread layers takes GPUs, and there is none here")
         # All that can be wrong is found before the first is measured.
         for _, settings, _ in wanted:
-            check_options(settings, batch_tokens, recompute=recompute)
+            check_options(settings, batch_tokens, recompute=recompute, spread=spread)
         jobs = [
-            prepare(name, settings, out=path, force=force, trust_remote_code=trust_remote_code)
+            prepare(
+                name,
+                settings,
+                out=path,
+                force=force or not first,
+                trust_remote_code=trust_remote_code,
+                writes=first,
+            )
             for name, settings, path in wanted
         ]
         targets = [job.target.resolve() for job in jobs]
@@ -175,13 +199,20 @@ def compute(
             raise RecipeError(
                 f"two models would be written to {min(twice)}; give each a place:  parameters: {{sidecar: PATH}}"
             )
+        processes.agree(target, {"models": ", ".join(name for name, _, _ in wanted)})
         for (name, _, _), job in zip(wanted, jobs, strict=True):
+            if not first:
+                prepass.assist(
+                    job, where, processes, batch_tokens=batch_tokens, recompute=recompute, spread=spread
+                )
+                continue
             with progress(name) as (on_start, on_batch):
                 outcome = prepass.compute(
                     job,
                     where,
                     batch_tokens=batch_tokens,
                     recompute=recompute,
+                    spread=spread,
                     checkpoint_every=checkpoint_every,
                     on_note=partial(_say_of, name),
                     on_wait=partial(
@@ -189,14 +220,22 @@ def compute(
                     ),
                     on_start=on_start,
                     on_batch=on_batch,
+                    processes=processes,
                 )
             _report(name, outcome)
 
 
 def _requests(
-    target: str, overrides: dict[str, Any], out: Path | None
+    target: str, overrides: dict[str, Any], out: Path | None, *, looks: bool
 ) -> Iterator[tuple[str, "FisherSettings", Path | None]]:
-    """What to measure: model, settings, and where to write if not to the usual place."""
+    """What to measure: model, settings, and where to write if not to the usual place.
+
+    Args:
+        target: A recipe or a checkpoint.
+        overrides: What beats the recipe's settings.
+        out: Where to write, if that was given.
+        looks: Whether to see to it that models that are not measured have a sidecar.
+    """
     from pydantic import ValidationError
 
     from fisher_mask_mergekit import hub
@@ -225,7 +264,7 @@ def _requests(
     }
     published = {name for name, path in paths.items() if path.startswith(hub.PREFIX)}
     measurable = [m for m in recipe.models if m.settings is not None and m.name not in published]
-    for model in recipe.models:
+    for model in recipe.models if looks else ():
         if model not in measurable and not (model.is_base and model.weight is None):
             _check_has_sidecar(model, target)
     if out is not None and len(measurable) > 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fisher_mask_mergekit.errors import FisherMaskError
+from fisher_mask_mergekit.errors import FisherMaskError, ToldError
 from fisher_mask_mergekit.shown import shown
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ def errors() -> Iterator[None]:
     """Turn what a user can cause into one message and an exit code."""
     try:
         yield
+    except ToldError:
+        raise typer.Exit(1) from None
     except FisherMaskError as error:
         say(f"{type(error).__name__}: {error}")
         raise typer.Exit(1) from None

@@ -1,7 +1,7 @@
 """The likelihood of a batch under a model: what the losses, the accuracy and drawn labels come from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy
@@ -23,11 +23,13 @@ class Batch:
         inputs: What the model takes, each ``[B, ...]``.
         labels: ``[B, ...]``, what the task compares the model's output with.
         index: Which of the drawn samples these are; seeds the draw of labels from the model.
+        counts: Whether they count; else they run only because other processes need this one's weights meanwhile.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     index: tuple[int, ...]
+    counts: bool = True
 
     def split(self) -> Iterator["Batch"]:
         """The same samples as batches of one."""
@@ -49,7 +51,7 @@ class Batch:
 
     def _rows(self, start: int, stop: int) -> "Batch":
         inputs = {name: tensor[start:stop] for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels[start:stop], self.index[start:stop])
+        return Batch(inputs, self.labels[start:stop], self.index[start:stop], self.counts)
 
     def padded_right(self, *, labels_too: bool = False) -> "Batch":
         """The same samples with their padding on the right.
@@ -66,7 +68,9 @@ class Batch:
             name: padded_right(tensor, mask) if tensor.shape == mask.shape else tensor
             for name, tensor in self.inputs.items()
         }
-        return Batch(inputs, padded_right(self.labels, mask) if labels_too else self.labels, self.index)
+        return replace(
+            self, inputs=inputs, labels=padded_right(self.labels, mask) if labels_too else self.labels
+        )
 
 
 def padded_right(tensor: Tensor, mask: Tensor) -> Tensor:
