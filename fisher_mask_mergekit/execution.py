@@ -35,8 +35,9 @@ def check_options(settings: FisherSettings, batch_tokens: int | None, *, recompu
     """Whether a measurement can run as it is asked to.
 
     Raises:
-        RecipeError: If batches are told apart by their tokens where they are part of the definition, or activations are
-            to be computed again where every module's input is needed in its turn.
+        RecipeError: If batches are told apart by their tokens where they are part of the definition, activations are
+            to be computed again where every module's input is needed in its turn, or gradients that may overflow are to
+            be squared while the backward pass that gives them goes by.
     """
     if settings.estimator == "batch" and batch_tokens is not None:
         raise RecipeError(
@@ -44,6 +45,11 @@ def check_options(settings: FisherSettings, batch_tokens: int | None, *, recompu
         )
     if settings.kind == "diagonal" and recompute:
         raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
+    if settings.kind == "diagonal" and settings.dtype == "float16":
+        raise RecipeError(
+            "kind 'diagonal' squares gradients before it is known whether a batch overflows; it takes no dtype float16: "
+            "take bfloat16 or float32"
+        )
 
 
 def to_make_smaller(settings: FisherSettings) -> str:

@@ -18,6 +18,9 @@ from fisher_mask_mergekit.settings import Estimator, MaskPlacement
 from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
+FIRST_SCALE = 2.0**15
+"""What a float16 model's loss is multiplied by at first: a logit's gradient is 1 at most, and 65504 is the largest number."""
+
 
 @dataclass
 class MaskGradients:
@@ -42,6 +45,9 @@ class MaskGradients:
             be computed again.
         fleeting: The places among them of what is computed again, for one backward pass.
         run_of: The layer's run that is on, if its activations are not kept.
+        scale: What losses are multiplied by on their way back, so that float16 gradients do not vanish, and gradients
+            are divided by before they are squared. A power of two, which changes no digit. It is halved when a batch's
+            gradients overflow and never grows: to try whether it may would cost a batch's run each time.
     """
 
     model: nn.Module
@@ -60,8 +66,11 @@ class MaskGradients:
     watched: list[Product | None] = field(default_factory=list)
     fleeting: set[int] = field(default_factory=set)
     run_of: LayerRun | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
+            self.scale = FIRST_SCALE
         self.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
 
     @contextmanager
@@ -127,10 +136,18 @@ class MaskGradients:
     def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
         """Add up the squares of one backward pass; for the batch estimator, its gradients."""
         self.found.clear()
-        loss.backward(retain_graph=again)
+        (loss * self.scale).backward(retain_graph=again)
         for key, gradient in self.found.items():
-            total = _wide(gradient).sum(0) if self.estimator == "batch" else _squared(gradient, weight)
+            unscaled = _wide(gradient) / self.scale
+            total = unscaled.sum(0) if self.estimator == "batch" else _squared(unscaled, weight)
             self.pending[key] = self.pending.get(key, 0) + total
+
+    def overflowed(self) -> bool:
+        """Whether something pending is not finite, as is all that a number that overflowed leads to; halves the scale."""
+        if self.scale == 1 or all(bool(total.isfinite().all()) for total in self.pending.values()):
+            return False
+        self.scale /= 2
+        return True
 
     def keep(self) -> None:
         """Add what is pending to the sums; to the means for the batch estimator."""
@@ -231,7 +248,7 @@ def _wide(gradient: Tensor) -> Tensor:
 
 def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
     """One batch's contribution to the sum, ``[B, ...] -> [...]``."""
-    squares = _wide(gradient).square()
+    squares = gradient.square()
     if weight is not None:
         squares *= weight.reshape(-1, *[1] * (squares.ndim - 1))
     return squares.sum(0)
