@@ -34,7 +34,6 @@ class MaskGradients:
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
         one_by_one: Whether samples run one at a time; so they do if experts' weights are all there is to see.
         samples: B of the last forward pass; hooks keep the one they were made in.
-        tokens: Of each sample, as experts are given them; likewise.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
         pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
@@ -57,7 +56,6 @@ class MaskGradients:
     recompute: bool = False
     one_by_one: bool = False
     samples: int = 1
-    tokens: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
     pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
@@ -84,8 +82,6 @@ class MaskGradients:
                 if experts is not None and can_run(experts):
                     watch: dict[str, Any] = {"before" if before else "after": partial(self._routed, site)}
                     stack.enter_context(replaced(experts, partial(run_experts, experts, **watch)))
-                    handle = experts.register_forward_pre_hook(partial(self._before_experts, site))
-                    stack.callback(handle.remove)
                 elif site.experts:
                     weight = _parameter(self.model, path)
                     weight.requires_grad_(True)
@@ -212,14 +208,11 @@ class MaskGradients:
             # More columns than neurons: gate and up in one, before the activation.
             self._add(site, "neuron_fisher", site.activated(per_sample))
 
-    def _before_experts(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _routed(self, site: Site, tensor: Tensor, routing: Routing, tokens: Tensor) -> Tensor:
         """Experts' tokens must be the samples', one after the other."""
-        self.tokens = len(args[0]) // self.samples
         if self.seen is not None:
-            self.seen.add(site.output, args[0])
-
-    def _routed(self, site: Site, tensor: Tensor, routing: Routing) -> Tensor:
-        shape = self.samples, site.experts, self.tokens
+            self.seen.add(site.output, tokens)
+        shape = self.samples, site.experts, len(tokens) // self.samples
         return self._hooked(tensor, None, partial(self._from_routed, site, routing, shape))
 
     def _from_routed(
