@@ -1,19 +1,26 @@
 """From samples to batches: tokens, then padding."""
 
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.data import Samples
-from fisher_mask_mergekit.errors import CheckpointError, DataError
+from fisher_mask_mergekit.errors import CheckpointError, DataError, first_line
 from fisher_mask_mergekit.tasks import IGNORED, Batch, Encoded, Task, Tokenization
 
 FIRST_TOKENS = 2048
 """Tokens of a batch if nobody says otherwise: all that a processor gains by batches; a GPU's first."""
+
+SAMPLES_PER_PROCESS = 8192
+"""Fewer are tokenised in less time than it takes to start a process that does it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,10 @@ class Limit:
 def growing_limits(
     device: torch.device, rows: int | None, agree: Callable[[bool], bool] | None = None
 ) -> Iterator[Limit]:
-    """From :data:`FIRST_TOKENS`, on a GPU twice as many for the next batch while as much memory is free as was used.
+    """From :data:`FIRST_TOKENS`, on a GPU twice as many after every two batches while as much memory is free as was used.
+
+    Two, since a batch is made while the one before it runs: only what the one before that took is known, and it must have
+    been as large.
 
     Args:
         device: Where the batches run.
@@ -48,6 +58,7 @@ def growing_limits(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     while True:
+        yield Limit(tokens, rows)
         yield Limit(tokens, rows)
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -85,8 +96,7 @@ def encode_samples(samples: Samples, task: Task, how: Tokenization) -> EncodedSa
         CheckpointError: If the tokenizer lacks something that the task needs.
     """
     kept = {}
-    for index, (text, label) in enumerate(zip(samples.texts, samples.labels, strict=True)):
-        encoded = task.encode(text, label, index, how)
+    for index, encoded in enumerate(_each_encoded(samples, task, how)):
         if encoded is not None:
             kept[index] = encoded
     if not kept:
@@ -96,6 +106,40 @@ def encode_samples(samples: Samples, task: Task, how: Tokenization) -> EncodedSa
         )
     truncated = sum(encoded.truncated for encoded in kept.values())
     return EncodedSamples(kept, truncated, len(samples.texts) - len(kept))
+
+
+def _each_encoded(samples: Samples, task: Task, how: Tokenization) -> Iterable[Encoded | None]:
+    """Every sample as tokens, in several processes where they pay: no more than torch has threads."""
+    count = len(samples.texts)
+    processes = min(torch.get_num_threads(), count // SAMPLES_PER_PROCESS)
+    if processes < 2:
+        return (_encode(samples, task, how, index) for index in range(count))
+    table = datasets.Dataset.from_dict({"index": range(count)})
+    try:
+        encoded = table.map(
+            partial(_encode_pickled, samples, task, how),
+            input_columns="index",
+            remove_columns="index",
+            batched=True,
+            num_proc=processes,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+            new_fingerprint="not kept",
+        )
+    except RuntimeError as error:  # A process was ended, for want of memory for one.
+        raise DataError(f"the samples could not be tokenised: {first_line(error)}") from error
+    return map(pickle.loads, encoded["encoded"])
+
+
+def _encode(samples: Samples, task: Task, how: Tokenization, index: int) -> Encoded | None:
+    return task.encode(samples.texts[index], samples.labels[index], index, how)
+
+
+def _encode_pickled(
+    samples: Samples, task: Task, how: Tokenization, places: list[int]
+) -> dict[str, list[bytes]]:
+    """Of several samples. Pickled, since a table has one type per column and no lists of nothing."""
+    return {"encoded": [pickle.dumps(_encode(samples, task, how, index)) for index in places]}
 
 
 def lacks_for_padding(tokenizer: Any) -> str | None:
@@ -122,10 +166,34 @@ def padded_batches(
         limits: How much a batch may hold: every one, or one after the other.
         by_length: Whether to put samples of like length together, longest first, instead of in the
             order drawn: less padding, and a lack of memory shows at once.
-        device: Where the batches go.
+        device: Where the batches go. On any but the CPU, which has nothing to spare for it, each is made while the one before
+            it runs.
         skip: How many samples of that order to leave out at its beginning. Where a batch ended there, and all may hold
             the same, those after it are the batches that they would be without.
     """
+    made = _made(encoded, tokenizer, limits, by_length, device, skip)
+    return made if device.type == "cpu" else _ahead(made, device)
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, one made in advance, by a thread for which ``cuda`` is the same GPU as for this one."""
+    is_cuda = device.type == "cuda"
+    prepare = partial(torch.cuda.set_device, torch.empty(0, device=device).device) if is_cuda else None
+    with ThreadPoolExecutor(1, "batches", prepare) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def _made(
+    encoded: EncodedSamples,
+    tokenizer: Any,
+    limits: Limit | Iterator[Limit],
+    by_length: bool,
+    device: torch.device,
+    skip: int,
+) -> Iterator[Batch]:
     limits = repeat(limits) if isinstance(limits, Limit) else limits
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
     order = _longest_first(widths) if by_length else list(widths)
@@ -226,6 +294,8 @@ def _padded(rows: list[Any], filler: int, device: torch.device) -> Tensor:
     """Numbers, or lists of them (of lists), as one tensor; short innermost lists are filled on the right."""
     width = _length(rows)
     filled = torch.tensor(_filled(rows, width, filler), dtype=_dtype(rows, device))
+    if device.type == "cuda":  # From pinned memory, copying waits for nothing that the GPU has yet to do.
+        return filled.pin_memory().to(device, non_blocking=True)
     return filled.to(device)
 
 

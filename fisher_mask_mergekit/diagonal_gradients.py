@@ -114,6 +114,10 @@ class DiagonalGradients:
         for name in list(self._arrived):  # Of runs that the loss does not see, nothing arrives.
             self._add(name)
 
+    def overflowed(self) -> bool:
+        """What a backward pass gave is in the sums."""
+        return False
+
     def keep(self) -> None:
         """Everything was added as it came."""
 

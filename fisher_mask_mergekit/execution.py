@@ -48,8 +48,9 @@ def check_options(
 
     Raises:
         RecipeError: If batches are told apart by their tokens where they are part of the definition, activations are
-            to be computed again where every module's input is needed in its turn, or weights are to be in parts where
-            every process has a sum per weight, or where batches may differ in their number of samples.
+            to be computed again where every module's input is needed in its turn, gradients that may overflow are to be
+            squared while the backward pass that gives them goes by, or weights are to be in parts where every process
+            has a sum per weight, or where batches may differ in their number of samples.
     """
     if settings.estimator == "batch" and batch_tokens is not None:
         raise RecipeError(
@@ -64,6 +65,11 @@ def check_options(
     if is_in_parts(spread) and settings.estimator == "batch":
         raise RecipeError(
             f"estimator 'batch' may end with a smaller batch, which not all processes have; it takes no --spread {spread}"
+        )
+    if settings.kind == "diagonal" and settings.dtype == "float16":
+        raise RecipeError(
+            "kind 'diagonal' squares gradients before it is known whether a batch overflows; it takes no dtype float16: "
+            "take bfloat16 or float32"
         )
 
 

@@ -23,25 +23,30 @@ class Routing:
     tokens: Tensor
 
 
-Watch = Callable[[Tensor, Routing], Tensor]
-"""What looks at activations ``[S, ...]``, and gives what is to go on in their place."""
+Watch = Callable[[Tensor, Routing, Tensor], Tensor]
+"""What looks at activations ``[S, ...]`` and at the tokens ``[T, ...]`` they are of, and gives what is to go on in their place."""
 
 
 def can_run(experts: nn.Module) -> bool:
-    """Whether :func:`run_experts` is one of their implementations: transformers lets one choose those of such experts."""
-    return hasattr(experts, "has_gate") and hasattr(experts, "_apply_gate")
+    """Whether :func:`run_experts` is one of their implementations.
+
+    It is of those whose implementation transformers lets one choose, and of Llama 4's.
+    """
+    return (hasattr(experts, "has_gate") and hasattr(experts, "_apply_gate")) or _take_all(experts)
 
 
-def _nothing(activations: Tensor, routing: Routing) -> Tensor:
+def _take_all(experts: nn.Module) -> bool:
+    return type(experts).__name__ == "Llama4TextExperts"
+
+
+def _nothing(activations: Tensor, routing: Routing, tokens: Tensor) -> Tensor:
     return activations
 
 
 def run_experts(
     experts: Any,
     hidden: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    *,
+    *routed: Tensor,
     before: Watch = _nothing,
     after: Watch = _nothing,
 ) -> Tensor:
@@ -49,27 +54,42 @@ def run_experts(
 
     Args:
         experts: As :func:`can_run` takes them.
-        hidden: ``[tokens, model]``.
-        chosen: The experts of every token, ``[tokens, k]``.
-        weights: Theirs, likewise.
+        hidden: ``[tokens, model]``; for Llama 4's every expert's own, ``[E * tokens, model]``.
+        routed: The experts of every token ``[tokens, k]`` and their weights, likewise; nothing for Llama 4's.
         before: Sees what the first projection gives, without its bias: ``[S, 2 D]``, or ``[S, D]`` without a gate.
         after: Sees the neurons' activations ``[S, D]``.
 
     Returns:
-        ``[tokens, model]``.
+        As ``hidden`` is.
     """
+    if _take_all(experts):
+        return _run_all(experts, hidden, before, after)
+    chosen, weights = routed
     of_rows, order = chosen.flatten().sort(stable=True)
     routing = Routing(of_rows, order // chosen.shape[1])
     counts = torch.bincount(of_rows, minlength=experts.num_experts).tolist()
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    inner = before(_projected(experts, first, hidden[routing.tokens], counts), routing)
+    inner = before(_projected(experts, first, hidden[routing.tokens], counts), routing, hidden)
     inner = _biased(experts, first, inner, routing)
-    inner = after(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), routing)
+    inner = after(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), routing, hidden)
     output = _biased(experts, "down_proj", _projected(experts, "down_proj", inner, counts), routing)
     if experts.has_post_expert_norm:
         output = experts.post_expert_norm(output)
     weighted = (output * weights.flatten()[order, None])[order.argsort()]
     return weighted.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)
+
+
+def _run_all(experts: Any, hidden: Tensor, before: Watch, after: Watch) -> Tensor:
+    """Every expert on every token, which is 0 to those that were not chosen."""
+    each = hidden.unflatten(0, (experts.num_experts, -1))
+    count, tokens = each.shape[:2]
+    of_rows = torch.arange(count, device=hidden.device).repeat_interleave(tokens)
+    routing = Routing(of_rows, torch.arange(tokens, device=hidden.device).repeat(count))
+    by_token = each.transpose(0, 1)
+    inner = before(torch.bmm(each, experts.gate_up_proj).flatten(0, 1), routing, by_token)
+    gate, up = inner.chunk(2, -1)
+    inner = after(up * experts.act_fn(gate), routing, by_token)
+    return torch.bmm(inner.unflatten(0, (count, tokens)), experts.down_proj).flatten(0, 1)
 
 
 def _projected(experts: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:

@@ -19,6 +19,9 @@ from fisher_mask_mergekit.sites import Node, NodeKey, Site, sum_over_groups
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
+FIRST_SCALE = 2.0**15
+"""What a float16 model's loss is multiplied by at first: a logit's gradient is 1 at most, and 65504 is the largest number."""
+
 
 @dataclass
 class MaskGradients:
@@ -32,7 +35,6 @@ class MaskGradients:
         recompute: Whether layers run again in the backward pass instead of keeping their activations.
         tally: What was summed so far. Samples run one at a time if experts' weights are all there is to see.
         samples: B of the last forward pass; hooks keep the one they were made in.
-        tokens: Of each sample, as experts are given them; likewise.
         found: What the last backward pass gave. A module that runs several times in a forward pass
             contributes the sum over its runs.
         pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
@@ -42,6 +44,9 @@ class MaskGradients:
             be computed again.
         fleeting: The places among them of what is computed again, for one backward pass.
         run_of: The layer's run that is on, if its activations are not kept.
+        scale: What losses are multiplied by on their way back, so that float16 gradients do not vanish, and gradients
+            are divided by before they are squared. A power of two, which changes no digit. It is halved when a batch's
+            gradients overflow and never grows: to try whether it may would cost a batch's run each time.
     """
 
     model: nn.Module
@@ -51,7 +56,6 @@ class MaskGradients:
     recompute: bool = False
     tally: Tally[NodeKey] = field(default_factory=Tally)
     samples: int = 1
-    tokens: int = 1
     found: dict[NodeKey, Tensor] = field(default_factory=dict)
     pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
@@ -59,8 +63,11 @@ class MaskGradients:
     watched: list[Product | None] = field(default_factory=list)
     fleeting: set[int] = field(default_factory=set)
     run_of: LayerRun | None = None
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if any(parameter.dtype == torch.float16 for parameter in self.model.parameters()):
+            self.scale = FIRST_SCALE
         self.tally.one_by_one |= any(site.experts and not can_run(self._experts(site)) for site in self.sites)
 
     @contextmanager
@@ -74,8 +81,6 @@ class MaskGradients:
                 if experts is not None and can_run(experts):
                     watch: dict[str, Any] = {"before" if before else "after": partial(self._routed, site)}
                     stack.enter_context(replaced(experts, partial(run_experts, experts, **watch)))
-                    handle = experts.register_forward_pre_hook(partial(self._before_experts, site))
-                    stack.callback(handle.remove)
                 elif site.experts:
                     weight = _parameter(self.model, path)
                     weight.requires_grad_(True)
@@ -126,10 +131,18 @@ class MaskGradients:
     def backward(self, loss: Tensor, weight: Tensor | None, *, again: bool) -> None:
         """Add up the squares of one backward pass; for the batch estimator, its gradients."""
         self.found.clear()
-        loss.backward(retain_graph=again)
+        (loss * self.scale).backward(retain_graph=again)
         for key, gradient in self.found.items():
-            total = _wide(gradient).sum(0) if self.estimator == "batch" else _squared(gradient, weight)
+            unscaled = _wide(gradient) / self.scale
+            total = unscaled.sum(0) if self.estimator == "batch" else _squared(unscaled, weight)
             self.pending[key] = self.pending.get(key, 0) + total
+
+    def overflowed(self) -> bool:
+        """Whether something pending is not finite, as is all that a number that overflowed leads to; halves the scale."""
+        if self.scale == 1 or all(bool(total.isfinite().all()) for total in self.pending.values()):
+            return False
+        self.scale /= 2
+        return True
 
     def keep(self) -> None:
         """Add what is pending to the sums; to the means for the batch estimator."""
@@ -195,14 +208,11 @@ class MaskGradients:
             # More columns than neurons: gate and up in one, before the activation.
             self._add(site, "neuron_fisher", site.activated(per_sample))
 
-    def _before_experts(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _routed(self, site: Site, tensor: Tensor, routing: Routing, tokens: Tensor) -> Tensor:
         """Experts' tokens must be the samples', one after the other."""
-        self.tokens = len(args[0]) // self.samples
         if self.seen is not None:
-            self.seen.add(site.output, args[0])
-
-    def _routed(self, site: Site, tensor: Tensor, routing: Routing) -> Tensor:
-        shape = self.samples, site.experts, self.tokens
+            self.seen.add(site.output, tokens)
+        shape = self.samples, site.experts, len(tokens) // self.samples
         return self._hooked(tensor, None, partial(self._from_routed, site, routing, shape))
 
     def _from_routed(
@@ -231,7 +241,7 @@ def _wide(gradient: Tensor) -> Tensor:
 
 def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
     """One batch's contribution to the sum, ``[B, ...] -> [...]``."""
-    squares = _wide(gradient).square()
+    squares = gradient.square()
     if weight is not None:
         # A model's layers may lie on several devices.
         squares *= weight.to(squares.device).reshape(-1, *[1] * (squares.ndim - 1))

@@ -50,6 +50,9 @@ class Gradients(Protocol):
             again: Whether another backward pass of the same forward pass follows.
         """
 
+    def overflowed(self) -> bool:
+        """Whether what the backward passes since the forward pass gave is of no use, and another run may give better."""
+
     def keep(self) -> None:
         """What the backward passes since the forward pass gave counts."""
 
@@ -138,7 +141,7 @@ class _Run:
         return batch.halves()
 
     def _run(self, batch: Batch) -> bool:
-        """Run samples, unless they turn out not to lie apart."""
+        """Run samples, unless they turn out not to lie apart, or their gradients to overflow."""
         several = len(batch.index) > 1
         tally = self.tally
         padded = several and not tally.checked_padded and _is_padded(batch)
@@ -156,6 +159,8 @@ class _Run:
         _check_losses(losses, batch)
         for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
             self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
+        if self._anywhere(self.gradients.overflowed()):
+            return False
         if not batch.counts:
             return True
         loss, correct = float(losses.double().sum()), float(likelihood.correct().sum())
@@ -188,7 +193,10 @@ def _is_padded(batch: Batch) -> bool:
 def _check_losses(losses: Tensor, batch: Batch) -> None:
     if not bool(losses.isfinite().all()):
         bad = int((~losses.isfinite()).nonzero()[0, 0])
-        raise MeasurementError(f"the loss of sample {batch.index[bad]} is {losses[bad].item()}")
+        raise MeasurementError(
+            f"the loss of sample {batch.index[bad]} is {losses[bad].item()}; try another dtype, or look for infinities "
+            "in the checkpoint"
+        )
 
 
 def _outcomes(

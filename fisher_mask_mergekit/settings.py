@@ -24,7 +24,7 @@ Labels = Literal["data", "sampled", "exact"]
 RELEASED_BATCH = 32
 """Samples per batch in the paper's released code."""
 
-WeightDtype = Literal["float32", "bfloat16", "float64"]
+WeightDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class _Settings(BaseModel):

@@ -1,13 +1,32 @@
 """What a batch may hold, in samples and in tokens."""
 
+import os
+import threading
+from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-from fisher_mask_mergekit.batches import FIRST_TOKENS, EncodedSamples, Limit, growing_limits, padded_batches
-from fisher_mask_mergekit.tasks import Encoded
+from fisher_mask_mergekit import batches as batches_module
+from fisher_mask_mergekit.batches import (
+    FIRST_TOKENS,
+    EncodedSamples,
+    Limit,
+    _ahead,
+    _made,
+    encode_samples,
+    growing_limits,
+    padded_batches,
+)
+from fisher_mask_mergekit.data import Samples
+from fisher_mask_mergekit.errors import CheckpointError, DataError
+from fisher_mask_mergekit.tasks import CausalLM, Encoded, Tokenization
+from fisher_mask_mergekit.tasks.sequences import Regression
 from tests import tiny
+from tests.test_encoding import decoder
 
 CPU = torch.device("cpu")
 
@@ -51,15 +70,113 @@ def test_a_choice_among_several_is_as_long_as_all_of_them() -> None:
     assert indices([3, 3, 3], Limit(tokens=12), choices=2) == [(0, 1), (2,)]
 
 
-def test_a_gpus_batches_double_while_as_much_memory_is_free_as_was_used(
+def test_a_gpus_batches_double_every_other_time_while_as_much_memory_is_free_as_was_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert list(islice(growing_limits(CPU, 7), 3)) == [Limit(FIRST_TOKENS, 7)] * 3
+    assert list(islice(growing_limits(CPU, 7), 5)) == [Limit(FIRST_TOKENS, 7)] * 5
     used, cleared = iter([10, 30, 60, 30]), []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append("cache"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: cleared.append("peak"))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: next(used))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50, 100))
-    got = [limit.tokens for limit in islice(growing_limits(torch.device("cuda"), None), 4)]
-    assert got == [FIRST_TOKENS * factor for factor in (1, 2, 4, 4)]
+    got = [limit.tokens for limit in islice(growing_limits(torch.device("cuda"), None), 8)]
+    assert got == [FIRST_TOKENS * factor for factor in (1, 1, 2, 2, 4, 4, 4, 4)]
     assert cleared == ["cache", "peak"]  # Once, of what an earlier model took.
+
+
+def encoded(*lengths: int) -> EncodedSamples:
+    samples = {
+        index: Encoded({"input_ids": [5 + index] * length}, index, truncated=False)
+        for index, length in enumerate(lengths)
+    }
+    return EncodedSamples(samples, 0, 0)
+
+
+def test_off_the_cpu_one_batch_is_made_in_advance_by_a_thread_and_no_more() -> None:
+    made_by: list[str] = []
+
+    def limits() -> Iterator[Limit]:
+        while True:
+            made_by.append(threading.current_thread().name)
+            yield Limit(rows=2)
+
+    drawn, how = encoded(4, 9, 4, 5, 4, 2, 1, 1), {"tokenizer": tiny.tokenizer(), "by_length": True}
+    wanted = list(padded_batches(drawn, limits=Limit(rows=2), device=CPU, **how))
+    # The meta device has no memory and no clock, but is none of the CPU's.
+    batches = padded_batches(drawn, limits=limits(), device=torch.device("meta"), **how)
+    assert made_by == []
+    for taken, batch in enumerate(wanted, 1):
+        other = next(batches)
+        assert other.index == batch.index
+        assert_close(other.inputs["input_ids"], batch.inputs["input_ids"].to("meta"))
+        assert len(made_by) <= min(taken + 1, len(wanted))
+    assert next(batches, None) is None
+    assert made_by == ["batches_0"] * len(wanted)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_batches_made_in_advance_are_the_same() -> None:
+    drawn = encoded(4, 9, 4, 5, 4, 2, 1, 1)
+    wanted = list(_made(drawn, tiny.tokenizer(), Limit(rows=2), True, CPU))
+    assert_close([batch.inputs for batch in _ahead(iter(wanted), CPU)], [batch.inputs for batch in wanted])
+    assert [batch.index for batch in _ahead(iter(wanted), CPU)] == [batch.index for batch in wanted]
+
+
+def test_what_goes_wrong_in_advance_is_told_in_its_turn_and_nothing_is_left_running() -> None:
+    good, *_ = _made(encoded(3), tiny.tokenizer(), Limit(), True, CPU)
+
+    def failing() -> Iterator[Any]:
+        yield good
+        raise CheckpointError("the tokenizer gives what cannot be padded")
+
+    batches = _ahead(failing(), CPU)
+    assert next(batches) is good
+    with pytest.raises(CheckpointError, match="what cannot be padded"):
+        next(batches)
+    abandoned = _ahead(iter([good, good, good]), CPU)
+    next(abandoned)
+    del abandoned
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+RECORD: Any = None
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "SAMPLES_PER_PROCESS", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+def test_many_samples_are_tokenised_by_several_processes_as_one_would(
+    two_processes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A causal LM leaves out what has no second token; a regression's labels are lists of floats.
+    texts = [("w5 w6 w7",), ("",), ("w8",), ("w9 w5",), ("w6 w7 w8 w9 w6",)]
+    how = decoder(4)
+    for task, labels in ((CausalLM(), [None] * 5), (Regression(), [[0.1], [2.0], [1e-9], [-1.0], [3.5]])):
+        samples = Samples(texts, labels, RECORD)
+        got = encode_samples(samples, task, how)
+        with monkeypatch.context() as one:
+            one.setattr(torch, "get_num_threads", lambda: 1)
+            one.setattr(batches_module.datasets.Dataset, "map", None)
+            assert encode_samples(samples, task, how) == got
+        assert got.left_out == (1 if isinstance(task, CausalLM) else 0)
+
+
+class _Refusing(CausalLM):
+    def encode(self, text: Any, label: Any, index: int, how: Tokenization) -> Any:
+        if text == ("bad",):
+            raise DataError("sample 3 cannot be read")
+        if text == ("deadly",):
+            os._exit(1)
+        return super().encode(text, label, index, how)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("bad", "sample 3 cannot be read"), ("deadly", "could not be tokenised: .*died")]
+)
+def test_what_goes_wrong_in_a_process_is_an_error(two_processes: None, text: str, message: str) -> None:
+    samples = Samples([("w5 w6",)] * 3 + [(text,)] * 2, [None] * 5, RECORD)
+    with pytest.raises(DataError, match=message):
+        encode_samples(samples, _Refusing(), Tokenization(tiny.tokenizer(), 4))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from fisher_mask_mergekit import mask_gradients
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.expert_gradients import can_run, run_experts
 from fisher_mask_mergekit.fisher import mask_fisher
@@ -23,7 +24,6 @@ from tests.test_architectures import TASK, WITH_EXPERTS, batches, model_of
 from tests.test_end_to_end import quickly, weights_of
 
 MIXTRAL = next(family for family in FAMILIES if family.name == "mixtral")
-ONE_BY_ONE = {"llama4"}
 FUSED = "model.layers.1.mlp.experts.gate_up_proj"
 
 
@@ -55,27 +55,41 @@ def test_an_expert_that_no_token_reached_has_zero() -> None:
 
 
 @pytest.mark.parametrize("family", WITH_EXPERTS, ids=str)
-def test_samples_run_in_batches_wherever_transformers_lets_one_choose_how_experts_run(family: Family) -> None:
+def test_samples_run_in_batches(family: Family) -> None:
     model, sites = model_of(family)
     # Images in patches have no batch axis.
     sizes = (1,) * 3 if family.inputs == "text and patches" else (3,)
     got = mask_fisher(model, batches(family, sizes), sites, TASK)
-    assert got.one_by_one == (family.name in ONE_BY_ONE)
+    assert not got.one_by_one
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+def test_experts_that_cannot_be_run_here_are_seen_by_their_weights_one_sample_at_a_time(
+    placement: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sites = model_of(MIXTRAL)
+    wanted = mask_fisher(model, batches(MIXTRAL, (3,)), sites, TASK, mask_placement=placement)
+    monkeypatch.setattr(mask_gradients, "can_run", lambda experts: False)
+    got = mask_fisher(model, batches(MIXTRAL, (3,)), sites, TASK, mask_placement=placement)
+    assert (got.one_by_one, wanted.one_by_one) == (True, False)
+    assert_close(got.fisher, wanted.fisher, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", WITH_EXPERTS, ids=str)
 def test_experts_run_here_give_what_transformers_runs_give(family: Family) -> None:
     model = build(family).double()
-    if family.name in ONE_BY_ONE:
-        pytest.skip("one sample at a time")
-    model.set_experts_implementation("eager")
+    if family.name != "llama4":
+        model.set_experts_implementation("eager")
     (batch,) = batches(family, (3,))
-    wanted = model(**batch.inputs)[0]
+    given = {
+        name: value.double() if value.is_floating_point() else value for name, value in batch.inputs.items()
+    }
+    wanted = model(**given)[0]
     for module in model.modules():
         if can_run(module):
             module.forward = partial(run_experts, module)
-    got = model(**batch.inputs)[0]
+    got = model(**given)[0]
     assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 

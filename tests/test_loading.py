@@ -1,10 +1,15 @@
-"""How long a sample may be, by what its checkpoint can take."""
+"""How long a sample may be, by what its checkpoint can take; and what attention a model is loaded with."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, BertForSequenceClassification
 
-from fisher_mask_mergekit.loading import longest
+from fisher_mask_mergekit.checkpoint import locate
+from fisher_mask_mergekit.fisher import mask_fisher
+from fisher_mask_mergekit.loading import load_model, longest
 from fisher_mask_mergekit.settings import FisherSettings
 from tests import tiny, tiny_tasks
 
@@ -32,3 +37,21 @@ def test_no_more_than_the_checkpoint_can_take(name: str, limit: int) -> None:
     assert allowed(model, max_length=1000) == (1000 if limit == 512 else limit)
     assert allowed(model, max_length=9) == 9
     assert allowed(model, tokenizer_limit=7) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_attention_is_torchs_own_in_every_dtype(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.checkpoint(tmp_path / "model", labels=3)
+    config = AutoConfig.from_pretrained(folder)
+    model = load_model(locate(str(folder)), BertForSequenceClassification, config, tiny.tokenizer(), dtype)
+    attention, dtypes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        dtypes.append(query.dtype)
+        return attention(query, *rest, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    mask_fisher(model, tiny.batches(tiny.samples(2), 2), tiny.sites_of(model), tiny.TASK)
+    assert set(dtypes) == {dtype}

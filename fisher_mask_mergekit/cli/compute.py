@@ -105,7 +105,7 @@ def compute(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float64"] | None,
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
         typer.Option(help="Dtype of the weights. [default: float32]"),
     ] = None,
     recompute: Annotated[

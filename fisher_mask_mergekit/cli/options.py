@@ -19,7 +19,7 @@ Pooler = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch.")]
 Dtype = Annotated[
-    Literal["float32", "bfloat16", "float64"] | None,
+    Literal["float32", "bfloat16", "float16", "float64"] | None,
     typer.Option(help="Dtype of the weights. [default: the recipe's, else float32]"),
 ]
 
