@@ -21,7 +21,8 @@ from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
 from fisher_mask_mergekit.fisher import MaskFisher
-from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.job import Inputs, Job, measured_meanwhile
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tasks import Batch
 
