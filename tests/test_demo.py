@@ -20,6 +20,7 @@ from fisher_mask_mergekit.demo.training import train_tokenizer
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
 from tests import commands as quick_commands
 
+pytestmark = pytest.mark.xdist_group("demo")  # What they share is made once.
 TINY = Sizes(
     vocabulary=300,
     layers=2,

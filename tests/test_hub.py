@@ -23,6 +23,7 @@ from tests import commands, tiny
 from tests.fake_hub import serve
 from tests.hub_contents import Hub, Repository
 
+pytestmark = pytest.mark.xdist_group("hub")  # What they share is made once.
 RECIPE = """\
 merge_method: fisher_mask
 fisher: {data: 'org/words:short', samples: 20}
