@@ -3,6 +3,7 @@
 Nothing that reads the environment is imported there: a command has the one that it is given, and its own entry point.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -51,6 +52,7 @@ def _serve() -> None:
     for name in _HEAVY:
         importlib.import_module(name)
     assert "huggingface_hub" not in sys.modules
+    gc.freeze()  # What is here already is not searched for garbage in every command.
     for line in sys.stdin:
         child = os.fork()
         if not child:
