@@ -25,7 +25,7 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/speed.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, first_line
+from fisher_mask_mergekit.untrusted import MOST_CONFIG_BYTES, MOST_INDEX_BYTES, check_regular
 
 # The same files that mergekit fetches, vocabularies, and code, which nothing runs without --trust-remote-code;
 # a published sidecar comes along.
@@ -28,6 +29,7 @@ TOKENIZER_FILES = (
     "*.model",
     "chat_template*",
 )
+_STEMS = ("model.safetensors", "pytorch_model.bin")
 _LEGACY_NAMES = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
 
 
@@ -79,7 +81,22 @@ def locate(name: str) -> Checkpoint:
         checkpoint = Checkpoint(name, folder, folder.name)
     if not (checkpoint.folder / "config.json").is_file():
         raise CheckpointError(f"{name} has no config.json (looked in {checkpoint.folder})")
+    check_sizes(checkpoint)
     return checkpoint
+
+
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration or an index of weights that is too large to be one, before anybody reads all of it.
+
+    Raises:
+        CheckpointError: If there is such a file, or what has its name is a folder, a pipe or a device.
+    """
+    bounds = {"config.json": MOST_CONFIG_BYTES}
+    bounds |= {f"{stem}.index.json": MOST_INDEX_BYTES for stem in _STEMS}
+    for name, most in bounds.items():
+        file = checkpoint.folder / name
+        if file.exists():
+            check_regular(file, most, "part of a checkpoint", CheckpointError)
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -90,7 +107,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     try:
         config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint.name}: config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{checkpoint.name}: config.json is not a JSON object")
@@ -177,7 +194,7 @@ def modern(name: str) -> str:
 
 def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     """The weight files that mergekit and transformers would read."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    for stem in _STEMS:
         index = checkpoint.folder / f"{stem}.index.json"
         if index.is_file():
             try:
@@ -185,7 +202,7 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
                 names = sorted({Path(name).name for name in listed})
                 if any(not name.endswith(Path(stem).suffix) for name in names):
                     raise ValueError  # An index of safetensors must not lead to a pickle.
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(
                     f"{checkpoint.name}: {index.name} is not an index of weights"
                 ) from error

@@ -73,7 +73,7 @@ def run_experts(
     inner = _biased(experts, first, inner, routing)
     inner = after(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), routing, hidden)
     output = _biased(experts, "down_proj", _projected(experts, "down_proj", inner, counts), routing)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # Older transformers have none such.
         output = experts.post_expert_norm(output)
     weighted = (output * weights.flatten()[order, None])[order.argsort()]
     return weighted.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)

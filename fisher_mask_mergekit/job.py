@@ -19,17 +19,16 @@ from fisher_mask_mergekit.checkpoint import (
     transformers_errors,
 )
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
-from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, may_replace_diagonal, read_diagonal
+from fisher_mask_mergekit.diagonal_sidecar import may_replace_diagonal
 from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
-from fisher_mask_mergekit.settings import FisherSettings, Kind
-from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace, read
+from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of, skeleton
 from fisher_mask_mergekit.tasks import Task, Tokenization, task_of
-
-AnySidecar = Sidecar | DiagonalSidecar
 
 
 @dataclass(frozen=True)
@@ -188,15 +187,6 @@ def measured_meanwhile(job: Job) -> AnySidecar | None:
         return None
     found = _same_request(job.target, job.weights, job.settings, job.task, job.sites)
     return found if found and found.metadata.data.digest == job.data.digest else None
-
-
-def read_any(path: Path, kind: Kind) -> AnySidecar:
-    """Read a sidecar of either kind.
-
-    Raises:
-        SidecarError: If it is none of that kind.
-    """
-    return read(path) if kind == "mask" else read_diagonal(path)
 
 
 def _same_request(

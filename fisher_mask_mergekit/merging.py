@@ -17,7 +17,7 @@ from torch import Tensor
 from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNotFoundError
-from fisher_mask_mergekit.recipe import read_recipe
+from fisher_mask_mergekit.recipe import RecipeModel, read_recipe
 from fisher_mask_mergekit.settings import Kind
 from fisher_mask_mergekit.sidecar import EitherKind, Measurement, OfEitherKind, whole
 from fisher_mask_mergekit.weighting import counted_weight
@@ -148,23 +148,30 @@ def compute_command(model: Hashable, kind: Kind = "mask") -> str:
     if context is not None and context.command.name == "mergekit-yaml":
         path = context.params["config_file"]
         command = f"mergekit-fisher compute {shlex.quote(path)}"
-        return unless_published(_named_sidecar(Path(path), str(model)), command)
+        return with_own_sidecar(_models(Path(path)), str(model), command)
     option = "" if kind == "mask" else f" --kind {kind}"
     return f"mergekit-fisher compute {shlex.quote(str(model))}{option} --data DATASET"
 
 
-def unless_published(sidecar: str | None, command: str) -> str:
-    """How to measure a model, given what its recipe names: nothing measured here replaces what is on the hub."""
+def with_own_sidecar(models: Sequence[RecipeModel], name: str, command: str) -> str:
+    """How to measure a model of a recipe, where what the recipe names as its sidecar is in the way of that.
+
+    Nothing measured here replaces what is on the hub, and one file holds one model's.
+    """
+    named = {model.name: model.sidecar for model in models}
+    sidecar = named.get(name)
     if sidecar and sidecar.startswith(hub.PREFIX):
         return f"change or remove  sidecar: {sidecar}  first, then:  {command}"
+    if sidecar and list(named.values()).count(sidecar) > 1:
+        return f"give each model that names  sidecar: {sidecar}  one of its own first, then:  {command}"
     return command
 
 
-def _named_sidecar(path: Path, model: str) -> str | None:
+def _models(path: Path) -> tuple[RecipeModel, ...]:
     try:
-        return next((known.sidecar for known in read_recipe(path).models if known.name == model), None)
+        return read_recipe(path).models
     except FisherMaskError:  # The recipe is not what went wrong.
-        return None
+        return ()
 
 
 def _checkpoint(model: Any) -> Checkpoint | None:

@@ -17,8 +17,9 @@ from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import Spread
 from fisher_mask_mergekit.fisher import MaskFisher
-from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
+from fisher_mask_mergekit.job import Inputs, Job, measured_meanwhile
 from fisher_mask_mergekit.measuring import Measured, kind_of, measure
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
 from fisher_mask_mergekit.processes import ALONE, Processes
 from fisher_mask_mergekit.request import device_name, request_of, versions

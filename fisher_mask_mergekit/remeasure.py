@@ -7,6 +7,7 @@ N do, because every sample adds a square: a number below K / N of the K samples'
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.diagonal import DiagonalFisher
-from fisher_mask_mergekit.errors import DataError, RecipeError
+from fisher_mask_mergekit.errors import DataError, MeasurementError, RecipeError
 from fisher_mask_mergekit.fisher import MaskFisher
-from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, prepare
+from fisher_mask_mergekit.job import Inputs, Job, prepare
 from fisher_mask_mergekit.measuring import Measured, measure
+from fisher_mask_mergekit.opening import AnySidecar
+from fisher_mask_mergekit.passes import is_out_of_memory
 from fisher_mask_mergekit.provenance import data_of
-from fisher_mask_mergekit.settings import WeightDtype
+from fisher_mask_mergekit.settings import FisherSettings, WeightDtype
 from fisher_mask_mergekit.sidecar import DataRecord, Measurement, Sidecar
 from fisher_mask_mergekit.tasks import Batch
 from fisher_mask_mergekit.verify import Check, kept_values, same_values
@@ -72,6 +75,8 @@ def remeasure(
     device: torch.device,
     *,
     data: str | None = None,
+    batch_tokens: int | None = None,
+    recompute_layers: bool = False,
     trust_remote_code: bool = False,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
@@ -84,6 +89,8 @@ def remeasure(
         count: K. The samples were drawn at random, so the first K of them are as good as any.
         device: Where to run.
         data: Where the data is, if not where the sidecar says.
+        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
+        recompute_layers: Whether layers run again in the backward pass instead of keeping their activations.
         trust_remote_code: Whether to run code that comes with the checkpoint.
         on_start: Called with the number of samples before the first batch.
         on_batch: Called after every batch.
@@ -120,9 +127,29 @@ def remeasure(
     encoded = job.inputs.encoded
     first = dict(list(encoded.samples.items())[:count])
     inputs = replace(job.inputs, encoded=replace(encoded, samples=first))
-    found = measure(job, inputs, device, on_start=on_start, on_batch=lambda batch, tally: on_batch(batch))
+    with _memory_errors(name, settings):
+        found = measure(
+            job, inputs, device,
+            batch_tokens=batch_tokens, recompute=recompute_layers, on_start=on_start,
+            on_batch=lambda batch, tally: on_batch(batch),
+        )  # fmt: skip
     yield from _loaded_values(sidecar, found.values)
     yield _numbers(sidecar, found, count)
+
+
+@contextmanager
+def _memory_errors(name: str, settings: FisherSettings) -> Iterator[None]:
+    """Where memory lacks, say what helps here: the settings are the sidecar's."""
+    try:
+        yield
+    except MeasurementError as error:
+        if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+            raise
+        tokens = "" if settings.estimator == "batch" else "a smaller --batch-tokens, "
+        layers = "" if settings.kind == "diagonal" else "--recompute-layers, "
+        raise MeasurementError(
+            f"the device has too little memory for {name}; take {tokens}{layers}or another --device"
+        ) from error
 
 
 def _data(job: Job, sidecar: AnySidecar) -> Check:

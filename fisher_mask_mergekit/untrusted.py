@@ -24,6 +24,12 @@ MOST_TENSORS = 100_000
 """In one safetensors file."""
 
 MOST_JSON_VALUES = 4_000_000
+MOST_CONFIG_BYTES = 16 << 20
+"""Of a checkpoint's ``config.json``, which can list tens of thousands of labels."""
+
+MOST_INDEX_BYTES = 64 << 20
+"""Of the list of a checkpoint's weight files, which has a line for every tensor."""
+
 MOST_RECIPE_BYTES = 1 << 18
 MOST_RECIPE_VALUES = 100_000
 """With aliases written out: a few lines of aliases of aliases would fill the memory."""
@@ -63,15 +69,23 @@ def read_regular(path: Path, most: int, what: str, raising: type[FisherMaskError
     Raises:
         FisherMaskError: If it cannot be read, is larger, or is a folder, a pipe or a device.
     """
+    check_regular(path, most, what, raising)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise raising(f"cannot read {what} {path}: {error.strerror or error}") from error
+
+
+def check_regular(path: Path, most: int, what: str, raising: type[FisherMaskError]) -> None:
+    """Refuse what :func:`read_regular` does not read, for those who read it themselves."""
     try:
         state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise raising(f"cannot read {what} {path}: it is no file")
-        if state.st_size > most:
-            raise raising(f"{path} is larger than {most} bytes; that is no {what}")
-        return path.read_bytes()
     except (OSError, ValueError) as error:  # A name with a zero byte in it is a ValueError.
         raise raising(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise raising(f"cannot read {what} {path}: it is no file")
+    if state.st_size > most:
+        raise raising(f"{path} is larger than {most} bytes; that is no {what}")
 
 
 def read_header(file: BinaryIO, path: Path) -> bytes:

@@ -10,15 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit import store
+from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_tensors, tensor_shapes
-from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
-from fisher_mask_mergekit.hub import PREFIX
-from fisher_mask_mergekit.job import AnySidecar
-from fisher_mask_mergekit.preview.inspection import open_sidecar
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar
+from fisher_mask_mergekit.opening import AnySidecar, is_diagonal, open_sidecar
 from fisher_mask_mergekit.provenance import checkpoint_of
 from fisher_mask_mergekit.recognition import probe
-from fisher_mask_mergekit.sidecar import Sidecar, digest_of, read
+from fisher_mask_mergekit.sidecar import Sidecar, digest_of
 
 Verdict = Literal["ok", "plausible", "not checked", "failed"]
 
@@ -51,14 +49,13 @@ def find(target: str) -> tuple[AnySidecar, str | None]:
     Raises:
         SidecarError: If there is none, or it is not whole.
     """
-    if target.startswith(PREFIX):
-        return open_sidecar(target), None
+    sidecar = open_sidecar(target)
+    if target.startswith(hub.PREFIX):
+        return sidecar, None
     place = Path(target)
-    is_diagonal = (place / INDEX).is_file()
-    if place.is_dir() and not is_diagonal:
-        return open_sidecar(target), target
-    sidecar = read_diagonal(place) if is_diagonal else read(place)
-    beside = store.DIAGONAL_BESIDE if is_diagonal else store.BESIDE
+    if place.is_dir() and not is_diagonal(place):
+        return sidecar, target
+    beside = store.BESIDE if isinstance(sidecar, Sidecar) else store.DIAGONAL_BESIDE
     path = place.absolute()
     lies_in_one = path.parts[-2:] == beside.parts and (path.parents[1] / "config.json").is_file()
     return sidecar, str(path.parents[1]) if lies_in_one else None

@@ -117,13 +117,13 @@ def test_off_the_cpu_one_batch_is_made_in_advance_by_a_thread_and_no_more() -> N
 
 def test_batches_made_in_advance_are_the_same() -> None:
     drawn = encoded(4, 9, 4, 5, 4, 2, 1, 1)
-    wanted = list(_made(drawn, tiny.tokenizer(), Limit(rows=2), True, CPU))
+    wanted = list(_made(drawn, tiny.tokenizer(), Limit(rows=2), True, CPU, 0))
     assert_close([batch.inputs for batch in _ahead(iter(wanted), CPU)], [batch.inputs for batch in wanted])
     assert [batch.index for batch in _ahead(iter(wanted), CPU)] == [batch.index for batch in wanted]
 
 
 def test_what_goes_wrong_in_advance_is_told_in_its_turn_and_nothing_is_left_running() -> None:
-    good, *_ = _made(encoded(3), tiny.tokenizer(), Limit(), True, CPU)
+    good, *_ = _made(encoded(3), tiny.tokenizer(), Limit(), True, CPU, 0)
 
     def failing() -> Iterator[Any]:
         yield good

@@ -227,6 +227,22 @@ def test_the_command_that_measures_is_the_recipes_if_it_has_data(
     assert detail == f"there is none for {pair[1]}: all models are averaged by weight"
 
 
+def test_two_models_with_one_sidecar_are_told_to_have_one_each(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The command alone would be refused."""
+    same = pair[0] / store.BESIDE
+    models = [
+        {"model": str(folder), "fisher": {"data": "data.jsonl"}, "parameters": {"weight": 1.0, "sidecar": str(same)}}
+        for folder in pair
+    ]  # fmt: skip
+    recipe = recipe_for(tmp_path, pair, models=models)
+    (remedy,) = {one.remedy for one in check_recipe(recipe) if one.what == "sidecar" and one.level == "error"}
+    assert remedy == (
+        f"give each model that names  sidecar: {same}  one of its own first, then:  mergekit-fisher compute {recipe}"
+    )
+
+
 def test_a_base_that_does_not_count_needs_no_sidecar(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base = tiny.sibling(tmp_path / "base", pair[0], seed=5)
     assert findings(tmp_path, pair, base_model=str(base)) == []

@@ -222,7 +222,11 @@ def test_a_recipe_is_looked_into_as_a_whole_before_anything_is_measured(
         f"{{model: {one}, fisher: {{data: {data}}}, parameters: {{sidecar: same}}}}" for one in (model, other)
     ]
     recipe.write_text(f"merge_method: fisher_mask\nmodels: [{', '.join(both)}]")
-    assert "two models have the same sidecar: same" in run("compute", recipe, code=1).stderr
+    said = run("compute", recipe, code=1).stderr
+    assert (
+        "two models have the same sidecar: same; give each one of its own:  parameters: {sidecar: PATH}"
+        in said
+    )
 
 
 def test_a_merge_that_would_use_another_sidecar_is_said_every_time(
@@ -466,10 +470,6 @@ def test_a_bad_checkpoint_is_one_error_and_nothing_is_written(
     [
         (["MODEL"], "say what to measure .* on:  mergekit-fisher compute .* --data DATASET"),
         (["MODEL", "--data", "DATA", "--label-map", "0"], "--label-map: expected DATA=CHECKPOINT pairs"),
-        (
-            ["MODEL", "--data", "DATA", "--samples", "0"],
-            "samples: Input should be greater than or equal to 1",
-        ),
         (["MODEL", "--data", "DATA", "--text", "nope"], "has no column 'nope'; its columns are text, label"),
         (["MODEL", "--data", "DATA", "--device", "meta"], "device 'meta' cannot be used"),
         (["MODEL", "--data", "DATA", "--device", "toaster"], "device 'toaster' cannot be used"),
@@ -489,6 +489,16 @@ def test_bad_options_are_one_error(model: Path, data: Path, arguments: list[str]
     result = run("compute", *filled, code=1)
     assert re.search(message, result.stderr), result.stderr
     assert sidecars(model.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [("--samples", 1), ("--seed", 0), ("--max-length", 2), ("--batch-size", 1), ("--batch-tokens", 1)],
+)
+def test_numbers_out_of_range_are_usage_errors(option: str, least: int) -> None:
+    said = run("compute", "model", "--data", "data", option, str(least - 1), code=2).stderr
+    assert f"Invalid value for '{option}': " in said
+    assert str(least) in said.rpartition(":")[2]
 
 
 def test_no_such_checkpoint(data: Path) -> None:

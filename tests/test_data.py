@@ -377,7 +377,7 @@ def test_columns_of_a_task_by_option(
 def test_tags_match_by_name_where_both_have_names(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["I-PER", "O", "B-PER"])
     features = datasets.Features(
-        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)}
+        {"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": datasets.Sequence(names)}
     )
     table = {"tokens": [["w5", "w6", "w7"]], "ner_tags": [[0, 1, 2]]}
     datasets.Dataset.from_dict(table, features).save_to_disk(tmp_path / "d")
@@ -392,7 +392,7 @@ def test_tags_match_by_name_where_both_have_names(tmp_path: Path) -> None:
 
 def test_several_labels_match_by_name(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["rage", "joy", "fear"])
-    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.List(names)})
+    features = datasets.Features({"text": datasets.Value("string"), "labels": datasets.Sequence(names)})
     table = {"text": ["w5"], "labels": [[0, 1, 1]]}
     datasets.Dataset.from_dict(table, features).save_to_disk(tmp_path / "d")
     drawn = draw_for(MULTI, tmp_path / "d")

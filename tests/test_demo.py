@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from fisher_mask_mergekit.demo.sizes import Sizes
 from fisher_mask_mergekit.demo.story import TASKS
 from fisher_mask_mergekit.demo.training import train_tokenizer
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError
+from tests import commands as quick_commands
 
+pytestmark = pytest.mark.xdist_group("demo")  # What they share is made once.
 TINY = Sizes(
     vocabulary=300,
     layers=2,
@@ -47,7 +50,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     out = tmp_path_factory.mktemp("work") / "demo"
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(1)  # Tensors this small gain nothing, and busy neighbours make threads wait.
+
+    def forked(command: list[str], *, env: dict[str, str], **_: object) -> "subprocess.CompletedProcess[str]":
+        return quick_commands.run([Path(command[0]).name, *command[1:]], env=env, cwd=Path.cwd())
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "subprocess", SimpleNamespace(run=forked))
         # The cache of each test is set up after what tests share.
         patch.setenv("FISHER_MASK_CACHE", str(out.parent / "cache"))
         run_demo(out, lines.append, TINY)

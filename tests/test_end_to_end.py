@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from fisher_mask_mergekit.cli import app
-from tests import tiny
-
-SCRIPTS = Path(sys.executable).parent
+from tests import commands, tiny
 
 
 def command(name: str, *arguments: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "FISHER_MASK_CACHE": str(cwd / "cache")}
-    result = subprocess.run(
-        [SCRIPTS / name, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+    result = commands.run([name, *arguments], env=environment, cwd=cwd)
     assert result.returncode == code, result.stderr
     return result
 

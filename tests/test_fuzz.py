@@ -8,6 +8,7 @@ import pytest
 from fisher_mask_mergekit.errors import SidecarError
 from tests.benchmarks import benchmark
 
+pytestmark = pytest.mark.xdist_group("fuzz")  # What they share is made once.
 fuzz = benchmark("fuzz")
 FEW = {"folder": 20, "sealed folder": 20, "recipe": 8, "jsonl": 5, "csv": 3, "parquet": 5}
 

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.sidecar import read
-from tests import tiny
+from tests import commands, tiny
 from tests.fake_hub import serve
 from tests.hub_contents import Hub, Repository
 
+pytestmark = pytest.mark.xdist_group("hub")  # What they share is made once.
 RECIPE = """\
 merge_method: fisher_mask
 fisher: {data: 'org/words:short', samples: 20}
@@ -62,10 +62,7 @@ class User:
             "NO_PROXY": "127.0.0.1",
             "FISHER_MASK_CACHE": str(self.home / "cache"),
         }
-        program = Path(sys.executable).with_name(command[0])
-        done = subprocess.run(
-            [program, *command[1:]], env=environment | extra, cwd=self.home, capture_output=True, text=True
-        )
+        done = commands.run(command, env=environment | extra, cwd=self.home)
         assert done.returncode == code, done.stderr
         return done
 

@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from tests import tiny
 from tests.families import FAMILIES, build, sibling
 from tests.test_architectures import write_checkpoint
 from tests.test_check import recipe_for
+from tests.test_diagonal_sidecar import made_up, write_for
 from tests.test_end_to_end import quickly, weights_of
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -228,6 +230,27 @@ def test_a_model_without_a_sidecar(pair: tuple[Path, Path], tmp_path: Path) -> N
     (everything,) = shares_of(recipe)
     assert {model["mean"] for model in everything["models"].values()} == {0.5}
     assert f"there is no sidecar for {pair[1]}" in inspect(pair[1], code=1)
+
+
+def test_a_full_size_sidecar_by_its_own_folder_and_by_its_checkpoints(tmp_path: Path) -> None:
+    model = tiny.classifier("bert")
+    fisher = made_up(model)
+    full = write_for(model, tmp_path / store.DIAGONAL_BESIDE, fisher)
+    text = inspect(full.folder)
+    assert text.startswith(f"{full.folder}\n  checkpoint  somebody/bert-sst2 at 95f0f6f\n")
+    assert "--kind diagonal" in text
+    count = sum(map(Tensor.numel, fisher.values()))
+    assert f"every parameter: {count:,} in 41 tensors, mean {full.metadata.mean:.3e} nats squared\n" in text
+    assert inspect(tmp_path) == text
+    (found,) = json.loads(inspect(tmp_path, "--json"))["sidecars"]
+    assert (found["metadata"]["mean"], found["nodes"]) == (full.metadata.mean, [])
+    assert not {"tensors", "views", "others"} & found["metadata"].keys()
+    for option in ("--html", "--png"):
+        page = tmp_path / "page"
+        assert f"{full.folder} is a full-size sidecar: it has no mask nodes to draw" in inspect(
+            tmp_path, option, page, code=1
+        )
+        assert not page.exists()
 
 
 def test_what_cannot_be_inspected_is_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:

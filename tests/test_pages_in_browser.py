@@ -22,6 +22,7 @@ from tests.test_check import measure, recipe_for
 from tests.test_pages import HOSTILE, hostile_sidecar, made_results
 from tests.test_sidecar import sidecar_for
 
+pytestmark = pytest.mark.xdist_group("browser")  # What they share is made once.
 PAGES = ("sidecars", "recipe", "evaluation", "hostile")
 
 

@@ -27,6 +27,7 @@ from tests import tiny
 from tests.hub_contents import Fault, Hub, Repository
 from tests.hub_session import go_offline, new_process, session
 from tests.test_check import measure, recipe_for
+from tests.test_diagonal_sidecar import made_up, write_for
 from tests.test_sidecar import sidecar_for
 
 CARD = b"---\nlicense: mit  # mine\n---\n# Bert\n"
@@ -288,9 +289,15 @@ def test_pushes_that_cannot_begin(
 ) -> None:
     bare = tiny.checkpoint(tmp_path / "bare")
     assert (
-        f"there is no sidecar for {bare}. Measure it:  mergekit-fisher compute"
+        f"there is no sidecar of mask nodes for {bare}. Measure it:  mergekit-fisher compute"
         in run("push", bare, "--repo", "org/bert", code=1)[1]
     )
+    full = bare / store.DIAGONAL_BESIDE
+    model = tiny.classifier("bert")
+    write_for(model, full, made_up(model))
+    says = f"{full} is a full-size sidecar, as large as the weights: push takes those of mask nodes only"
+    assert says in run("push", full, "--repo", "org/bert", code=1)[1]
+    assert f"{bare} ({says}). Measure it" in run("push", bare, "--repo", "org/bert", code=1)[1]
     assert "there is no such repository" in run("push", bert, "--repo", "org/none", "--create-pr", code=1)[1]
     assert "models/org/none" not in hub.repositories
     assert "'bert' is no id of a repository" in run("push", bert, "--repo", "bert", code=1)[1]

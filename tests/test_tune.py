@@ -27,8 +27,9 @@ from fisher_mask_mergekit.tuning.held_back import held_back
 from fisher_mask_mergekit.tuning.study import Study, Trial, suggest
 from fisher_mask_mergekit.tuning.written import with_coefficients
 from tests import tiny
+from tests.commands import SCRIPTS
 from tests.test_cli import run
-from tests.test_end_to_end import SCRIPTS, quickly, two_classifiers, weights_of
+from tests.test_end_to_end import quickly, two_classifiers, weights_of
 from tests.test_evaluate import pair, rows_of
 
 MEASURED = 8  # Of the 24 rows that tiny data has.

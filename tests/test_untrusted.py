@@ -234,6 +234,21 @@ def test_an_index_of_safetensors_leads_to_no_pickle(tmp_path: Path) -> None:
     assert "model.safetensors.index.json is not an index of weights" in run("sites", model, code=1).output
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
+)
+def test_a_checkpoints_json_beyond_the_bounds_is_not_read(tmp_path: Path, name: str) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    with (model / name).open("ab") as file:
+        file.truncate(1 << 40)  # Of zeros that take no room.
+    assert f"{model / name} is larger than " in run("sites", model, code=1).stderr
+    (model / name).unlink()
+    if "bin" in name:
+        (model / "model.safetensors").unlink()
+    (model / name).write_text("[" * 100_000)
+    assert "is not " in run("sites", model, code=1).stderr
+
+
 def test_a_table_whose_rows_are_elsewhere(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
     table.save_to_disk(tmp_path / "table")

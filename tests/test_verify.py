@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fisher_mask_mergekit import store
+from fisher_mask_mergekit import measure_diagonal, measure_mask, store
 from fisher_mask_mergekit.diagonal_sidecar import DiagonalMetadata, read_diagonal, write_diagonal
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
@@ -108,9 +108,18 @@ def test_without_a_checkpoint_only_the_file_is_checked(model: Path, tmp_path: Pa
     assert detail.endswith("compare it with one:  --model 'a b; c'")
     assert verify(alone, "--model", model)["weights"][0] == "ok"
     assert "--recompute needs the checkpoint: the sidecar lies in no" in refused(alone, "--recompute", "2")
-    alone.write_bytes(alone.read_bytes()[:-8])
-    assert "is not a whole safetensors file" in refused(alone)
     assert "there is no sidecar for" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", [lambda whole: whole[:-8], lambda whole: whole[:-1] + b"?", None])
+def test_a_damaged_file_is_a_check_that_failed(model: Path, content: Callable[[bytes], bytes] | None) -> None:
+    path = model / store.BESIDE
+    path.unlink() if content is None else path.write_bytes(content(path.read_bytes()))
+    verdict, detail = verify(path, code=1)["file"]
+    assert str(path) in detail
+    answer = json.loads(run("verify", path, "--json", code=1).stdout)
+    assert answer["ok"] is False
+    assert answer["checks"] == [{"what": "file", "verdict": verdict, "detail": detail}]
 
 
 def test_another_checkpoint_fails(model: Path, tmp_path: Path) -> None:
@@ -284,7 +293,33 @@ def test_other_sites_and_parameters_than_the_checkpoints_are_told(model: Path) -
 
 def test_too_many_samples_and_data_without_measuring_are_refused(model: Path) -> None:
     assert f"is of {SAMPLES} samples" in refused(model, "--recompute", SAMPLES + 1)
-    assert "it goes with --recompute" in refused(model, "--data", "data.jsonl")
+    for option in (("--data", "data.jsonl"), ("--batch-tokens", 9), ("--recompute-layers",)):
+        assert f"{option[0]} says how to measure again; it goes with --recompute" in refused(model, *option)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "take a smaller --batch-tokens, --recompute-layers, or another --device"),
+        ({"estimator": "batch", "batch_size": 8}, "take --recompute-layers, or another --device"),
+        ({"kind": "diagonal"}, "take a smaller --batch-tokens, or another --device"),
+    ],
+)
+def test_memory_that_lacks_and_options_that_save_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], advice: str
+) -> None:
+    path = measure(model, Path("data.jsonl"), **settings)
+    tokens = () if "estimator" in settings else ("--batch-tokens", 30)
+    layers = () if "kind" in settings else ("--recompute-layers",)
+    assert verify(path, "--recompute", SAMPLES, *tokens, *layers)["numbers"][0] == "ok"
+
+    def full(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for home in (measure_mask, measure_diagonal):
+        monkeypatch.setattr(home, "measure", full)
+    says = f"MeasurementError: the device has too little memory for {model}; {advice}\n"
+    assert says in refused(path, "--recompute", SAMPLES)
 
 
 def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:

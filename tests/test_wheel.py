@@ -11,6 +11,7 @@ import pytest
 
 from tests.test_registration import LISTED, ROOT, output
 
+pytestmark = pytest.mark.xdist_group("wheel")  # What they share is made once.
 BUILT_FROM = ("fisher_mask_mergekit", "pyproject.toml", "README.md", "LICENSE", "NOTICE", ".gitignore")
 
 

@@ -9,6 +9,7 @@ from fisher_mask_mergekit.cli.output import errors, print_json, print_lines, sil
 from fisher_mask_mergekit.errors import RecipeError
 
 if TYPE_CHECKING:
+    from fisher_mask_mergekit.opening import AnySidecar
     from fisher_mask_mergekit.sidecar import Sidecar
 
 
@@ -72,6 +73,7 @@ def inspect(
 ) -> None:
     """Show what sidecars hold; of a recipe, also each model's share of what the merge weighs."""
     with errors():
+        from fisher_mask_mergekit.opening import open_sidecar
         from fisher_mask_mergekit.preview import inspection
         from fisher_mask_mergekit.recipe import read_recipe
         from fisher_mask_mergekit.store import check_writable, write_result
@@ -80,6 +82,7 @@ def inspect(
         shares: list[inspection.ShareStatistics] = []
         models: list[str] = []
         found: dict[str, Sidecar | None] = {}
+        sidecars: list[AnySidecar]
         if any(Path(target).suffix in (".yml", ".yaml") for target in targets):
             if len(targets) > 1:
                 raise RecipeError("inspect takes one recipe, or any number of sidecars")
@@ -88,19 +91,21 @@ def inspect(
             models = [name for name in found if any(name in one.shares for one in shares)]
             sidecars = [sidecar for sidecar in found.values() if sidecar is not None]
         else:
-            sidecars = [inspection.open_sidecar(target) for target in targets]
+            sidecars = [open_sidecar(target) for target in targets]
+        if html_file is not None or png_file is not None:
+            drawn = inspection.with_mask_nodes(sidecars)
         if html_file is not None:
             from fisher_mask_mergekit.pages.inspect_page import recipe_page, sidecars_page
 
             is_recipe = bool(found)
-            page = recipe_page(Path(targets[0]).name, found, shares) if is_recipe else sidecars_page(sidecars)
+            page = recipe_page(Path(targets[0]).name, found, shares) if is_recipe else sidecars_page(drawn)
             write_result(html_file, page.encode())
         if png_file is not None:
             from fisher_mask_mergekit.pages.fisher_pictures import head_fisher_map
             from fisher_mask_mergekit.pages.text import headings
 
-            names = headings([sidecar.metadata.checkpoint for sidecar in sidecars])
-            head_fisher_map(dict(zip(names, sidecars, strict=True)), png_file)
+            names = headings([sidecar.metadata.checkpoint for sidecar in drawn])
+            head_fisher_map(dict(zip(names, drawn, strict=True)), png_file)
         if as_json:
             print_json(inspection.as_json(sidecars, shares))
             return

@@ -35,8 +35,8 @@ def compute(
         str | None,
         typer.Option(help="Data set: path[:config[:split]][@revision], or a .jsonl, .csv or .parquet file."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples to draw. [default: 128]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draw. [default: 0]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples to draw. [default: 128]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw. [default: 0]")] = None,
     task: Annotated[
         Literal[
             "sequence-classification",
@@ -68,11 +68,11 @@ def compute(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens per sample at most. [default: the checkpoint's limit, at most 512]"),
+        typer.Option(min=2, help="Tokens per sample at most. [default: the checkpoint's limit, at most 512]"),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Samples per batch at most. [default: any number; 32 with estimator batch]"),
+        typer.Option(min=1, help="Samples per batch at most. [default: any number; 32 with estimator batch]"),
     ] = None,
     batch_tokens: Annotated[
         int | None,
@@ -271,7 +271,10 @@ def _requests(
         raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
     if len(set(paths.values())) < len(paths):
         double = max(paths.values(), key=list(paths.values()).count)
-        raise RecipeError(f"{target}: two models have the same sidecar: {double}")
+        raise RecipeError(
+            f"{target}: two models have the same sidecar: {double}; give each one of its own:  "
+            "parameters: {sidecar: PATH}"
+        )
     for model in measurable:
         assert model.settings is not None
         path = paths.get(model.name)

@@ -1,13 +1,13 @@
 """``mergekit-fisher verify``."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fisher_mask_mergekit.cli.options import Device, TrustRemoteCode
 from fisher_mask_mergekit.cli.output import errors, print_json, print_lines, progress, silence_progress_bars
-from fisher_mask_mergekit.errors import RecipeError
+from fisher_mask_mergekit.errors import HubError, RecipeError, SidecarError, SidecarNotFoundError
 
 if TYPE_CHECKING:
     from fisher_mask_mergekit.verify import Check
@@ -42,6 +42,20 @@ def verify(
             help="With --recompute, where the data is. [default: what the sidecar says, at its commit]"
         ),
     ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --recompute, tokens per batch at most, padding included. [default: 2048, on a GPU as many as fit]",
+        ),
+    ] = None,
+    recompute_layers: Annotated[
+        bool,
+        typer.Option(
+            "--recompute-layers",
+            help="With --recompute, run layers a second time instead of keeping their activations: less memory.",
+        ),
+    ] = False,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
@@ -50,11 +64,18 @@ def verify(
     with errors():
         from dataclasses import asdict
 
-        if data is not None and recompute is None:
-            raise RecipeError("--data says where to measure again; it goes with --recompute")
+        given = {"--data": data, "--batch-tokens": batch_tokens, "--recompute-layers": recompute_layers}
+        if recompute is None and (idle := [name for name, value in given.items() if value]):
+            raise RecipeError(f"{idle[0]} says how to measure again; it goes with --recompute")
+        how = {
+            "data": data,
+            "batch_tokens": batch_tokens,
+            "recompute_layers": recompute_layers,
+            "trust_remote_code": trust_remote_code,
+        }
         silence_progress_bars()
         checks = []
-        for check in _checks(target, model, recompute, data, device, trust_remote_code):
+        for check in _checks(target, model, recompute, device, how):
             checks.append(check)
             if not as_json:
                 print_lines([f"{check.verdict}: {check.what}: {check.detail}"])
@@ -66,22 +87,24 @@ def verify(
 
 
 def _checks(
-    target: str,
-    model: str | None,
-    count: int | None,
-    data: str | None,
-    device: str | None,
-    trust_remote_code: bool,
+    target: str, model: str | None, count: int | None, device: str | None, how: dict[str, Any]
 ) -> Iterator["Check"]:
     from fisher_mask_mergekit import verify
     from fisher_mask_mergekit.execution import pick_device
     from fisher_mask_mergekit.remeasure import remeasure
 
-    sidecar, folder = verify.find(target)
+    try:
+        sidecar, folder = verify.find(target)
+        whole = verify.check_file(sidecar)
+    except (HubError, SidecarNotFoundError):
+        raise  # There is none to look at.
+    except SidecarError as error:
+        yield verify.Check("file", "failed", str(error))
+        return
     name = model or folder
     if count is not None and name is None:
         raise RecipeError(f"--recompute needs the checkpoint: {verify.no_checkpoint(sidecar).detail}")
-    yield verify.check_file(sidecar)
+    yield whole
     if name is None:
         yield verify.no_checkpoint(sidecar)
         return
@@ -94,6 +117,5 @@ def _checks(
         return
     with progress(name) as (on_start, on_batch):
         yield from remeasure(
-            sidecar, name, count, pick_device(device),
-            data=data, trust_remote_code=trust_remote_code, on_start=on_start, on_batch=on_batch,
-        )  # fmt: skip
+            sidecar, name, count, pick_device(device), **how, on_start=on_start, on_batch=on_batch
+        )

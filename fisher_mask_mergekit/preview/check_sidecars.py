@@ -8,7 +8,7 @@ from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import modern, read_tensors
 from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
-from fisher_mask_mergekit.merging import unless_published
+from fisher_mask_mergekit.merging import with_own_sidecar
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.forecast import counted, forecast
 from fisher_mask_mergekit.preview.inspection import sidecar_of
@@ -109,13 +109,13 @@ def _needed(recipe: Recipe, outputs: Sequence[Output]) -> set[str]:
 
 
 def _compute(recipe: Recipe, model: RecipeModel) -> str:
-    if model.settings is not None:
-        return unless_published(model.sidecar, f"mergekit-fisher compute {shlex.quote(str(recipe.path))}")
-    here = model.sidecar if model.sidecar and not model.sidecar.startswith(hub.PREFIX) else None
-    out = f" --out {shlex.quote(here)}" if here else ""
-    kind = "" if model.kind == "mask" else f" --kind {model.kind}"
-    command = f"mergekit-fisher compute {shlex.quote(model.name)}{kind} --data DATASET{out}"
-    return unless_published(model.sidecar, command)
+    command = f"mergekit-fisher compute {shlex.quote(str(recipe.path))}"
+    if model.settings is None:
+        here = model.sidecar if model.sidecar and not model.sidecar.startswith(hub.PREFIX) else None
+        out = f" --out {shlex.quote(here)}" if here else ""
+        kind = "" if model.kind == "mask" else f" --kind {model.kind}"
+        command = f"mergekit-fisher compute {shlex.quote(model.name)}{kind} --data DATASET{out}"
+    return with_own_sidecar(recipe.models, model.name, command)
 
 
 def _absent(recipe: Recipe, model: RecipeModel, outputs: Sequence[Output]) -> Finding:

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit import hub, store
-from fisher_mask_mergekit.checkpoint import Checkpoint
-from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarNotFoundError
+from fisher_mask_mergekit import store
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarError, SidecarNotFoundError
+from fisher_mask_mergekit.opening import AnySidecar
 from fisher_mask_mergekit.preview.forecast import Forecast, forecast
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
@@ -18,6 +17,9 @@ from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe, RecipeModel
 from fisher_mask_mergekit.sidecar import Sidecar, read, whole
 from fisher_mask_mergekit.sites import layer_of, name_template
+
+_LONG = {"sites", "tensors", "views", "others"}
+"""Fields of the metadata that have an entry for every tensor."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +93,20 @@ def _statistics(output: str, nodes: str, fisher: Tensor, experts: int = 0) -> No
     )
 
 
-def open_sidecar(target: str) -> Sidecar:
-    """A sidecar by its file, by the folder of the checkpoint that it belongs to, or by where on the hub it is.
+def with_mask_nodes(sidecars: Iterable[AnySidecar]) -> list[Sidecar]:
+    """The sidecars, if all are of mask nodes.
 
     Raises:
-        SidecarError: If there is none, or it cannot be used.
+        SidecarError: If one is a full-size one: there are no heads and neurons in it to draw.
     """
-    path = Path(target)
-    if target.startswith(hub.PREFIX):
-        return read(hub.fetch(hub.parse(target)).path)
-    if not path.is_dir():
-        return read(path)
-    found = store.find(Checkpoint(str(path), path, None))
-    if found is None:
-        raise SidecarNotFoundError(
-            f"there is no sidecar for {path}. Measure it:  mergekit-fisher compute {path} --data DATASET"
-        )
-    return read(found)
+    found = []
+    for sidecar in sidecars:
+        if not isinstance(sidecar, Sidecar):
+            raise SidecarError(
+                f"{sidecar.source} is a full-size sidecar: it has no mask nodes to draw; leave out --html and --png"
+            )
+        found.append(sidecar)
+    return found
 
 
 def sidecar_of(model: RecipeModel, peeked: Peeked) -> Sidecar | None:
@@ -198,15 +197,17 @@ def _reading_order(one: ShareStatistics) -> tuple[bool, str, str, int, tuple[str
     return not one.output, name_template(one.output), one.layout, int(layer or 0), one.tensors
 
 
-def as_json(sidecars: Iterable[Sidecar], shares: Iterable[ShareStatistics]) -> dict[str, Any]:
+def as_json(sidecars: Iterable[AnySidecar], shares: Iterable[ShareStatistics]) -> dict[str, Any]:
     """Everything that `inspect` knows, as `docs/cli.md` describes it."""
     return {
         "sidecars": [
             {
                 "path": sidecar.source,
-                "metadata": sidecar.metadata.model_dump(mode="json", exclude={"sites"}),
+                "metadata": sidecar.metadata.model_dump(mode="json", exclude=_LONG),
                 "command": reproducing_command(sidecar.metadata),
-                "nodes": [asdict(one) for one in node_statistics(sidecar)],
+                "nodes": [asdict(one) for one in node_statistics(sidecar)]
+                if isinstance(sidecar, Sidecar)
+                else [],
             }
             for sidecar in sidecars
         ],

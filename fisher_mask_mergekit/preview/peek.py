@@ -11,6 +11,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
+    check_sizes,
     locate,
     read_config,
     stored_shapes,
@@ -96,7 +97,9 @@ def _from_hub(name: str, path: str, revision: str | None) -> Checkpoint:
     # Where it is not published, it may be in the cache.
     with suppress(EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         hf_hub_download(path, BESIDE.as_posix(), revision=folder.name)
-    return Checkpoint(name, folder, folder.name)
+    checkpoint = Checkpoint(name, folder, folder.name)
+    check_sizes(checkpoint)
+    return checkpoint
 
 
 def _shapes_on_hub(path: str, revision: str | None) -> Shapes | None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from math import prod
 
+from fisher_mask_mergekit.opening import AnySidecar
 from fisher_mask_mergekit.preview.inspection import NodeStatistics, ShareStatistics, node_statistics
 from fisher_mask_mergekit.preview.survey import Survey
 from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.shown import one_line
-from fisher_mask_mergekit.sidecar import Metadata, Sidecar
+from fisher_mask_mergekit.sidecar import Measurement, Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Site, layer_of, name_template
 
 _WEIGHTED: Mapping[str, str] = {
@@ -104,18 +106,24 @@ def _layers(names: Iterable[str]) -> str:
     return f", layer{'s' if len(numbers) > 1 else ''} {', '.join(ranges)}" if ranges else ""
 
 
-def sidecar_lines(sidecar: Sidecar) -> Iterator[str]:
-    """What was measured and how, then the Fisher information of every layer."""
+def sidecar_lines(sidecar: AnySidecar) -> Iterator[str]:
+    """What was measured and how, then the Fisher information of every layer's mask nodes; else how much there is."""
     yield sidecar.source
     for name, value in metadata_fields(sidecar.metadata).items():
         yield f"  {name:<12}{value}"
+    if not isinstance(sidecar, Sidecar):
+        tensors = sidecar.metadata.tensors
+        numbers = sum(prod(tensor.shape) for tensor in tensors)
+        yield ""
+        yield f"every parameter: {numbers:,} in {len(tensors)} tensors, mean {sidecar.metadata.mean:.3e} nats squared"
+        return
     found = sorted(node_statistics(sidecar), key=lambda one: (name_template(one.output), one.nodes))
     for (template, nodes), group in groupby(found, key=lambda one: (name_template(one.output), one.nodes)):
         yield ""
         yield from _node_table(f"{nodes} before {template}", list(group))
 
 
-def metadata_fields(metadata: Metadata) -> dict[str, str]:
+def metadata_fields(metadata: Measurement) -> dict[str, str]:
     """What was measured and how, for people."""
     settings, data = metadata.settings, metadata.data
     commit = f" at {data.revision[:7]}" if data.revision else ""

@@ -13,6 +13,7 @@ from fisher_mask_mergekit import store
 from fisher_mask_mergekit.errors import HubError, SidecarError, SidecarNotFoundError
 from fisher_mask_mergekit.hub import HubReference, check_repository, fetch
 from fisher_mask_mergekit.hub_errors import hub_errors
+from fisher_mask_mergekit.opening import is_diagonal
 from fisher_mask_mergekit.preview.peek import peek
 from fisher_mask_mergekit.sharing.card import describe, with_section, with_tags
 from fisher_mask_mergekit.sharing.hub_weights import compare_with_hub
@@ -50,13 +51,22 @@ def find_measured(target: str) -> Sidecar:
     """
     if Path(target).is_file():
         return whole(read(Path(target)))
+    if is_diagonal(Path(target)):
+        raise SidecarError(_not_taken(target))
     checkpoint = peek(target).checkpoint
     found = list(store.find_all(checkpoint))
     if not found:
+        full = store.find(checkpoint, "diagonal")
+        known = f" ({_not_taken(full)})" if full else ""
         raise SidecarNotFoundError(
-            f"there is no sidecar for {target}. Measure it:  mergekit-fisher compute {target} --data DATASET"
+            f"there is no sidecar of mask nodes for {target}{known}. Measure it:  "
+            f"mergekit-fisher compute {target} --data DATASET"
         )
     return whole(read(found[0 if checkpoint.revision is None else -1]))
+
+
+def _not_taken(full: object) -> str:
+    return f"{full} is a full-size sidecar, as large as the weights: push takes those of mask nodes only"
 
 
 def publish(sidecar: Sidecar, repo: str, *, create_pr: bool = False, private: bool = False) -> Published:
