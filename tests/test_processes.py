@@ -24,10 +24,11 @@ from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.loading import check_on_gpus
 from fisher_mask_mergekit.processes import one_error
 from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.sharded import shard
 from fisher_mask_mergekit.sidecar import read
 from fisher_mask_mergekit.tasks import Encoded
 from tests import tiny
-from tests.launched import CASES, Case, Ended, launch, make, measured, places
+from tests.launched import CASES, HAS_PARTS, Case, Ended, launch, make, measured, places
 from tests.test_cli import run
 
 
@@ -137,14 +138,25 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("stop", "patience", "code", "reason"),
-    [("killed", 1800, -9, "Connection (closed|reset) by peer"), ("hangs", 15, 9, "Timed out")],
+    ("stop", "patience", "code", "reason", "spread"),
+    [
+        (
+            "killed",
+            1800,
+            -9,
+            "Connection (closed|reset) by peer",
+            ["--spread", "shards"] if HAS_PARTS else [],
+        ),
+        ("hangs", 15, 9, "Timed out", []),
+    ],
 )
 def test_a_process_that_is_killed_or_hangs_ends_the_run(
-    folder: Path, tmp_path: Path, stop: str, patience: int, code: int, reason: str
+    folder: Path, tmp_path: Path, stop: str, patience: int, code: int, reason: str, spread: list[str]
 ) -> None:
     """The one that is killed closes its connections; of the one that hangs, time tells."""
-    options = command(folder, "--data", folder / "data.jsonl", "--out", tmp_path / "made.safetensors")[2:]
+    options = command(
+        folder, "--data", folder / "data.jsonl", "--out", tmp_path / "made.safetensors", *spread
+    )[2:]
     ended = launch([["-c", STOPS, patience, stop, *options]] * 2)
     assert [one.code for one in ended] == [1, code]
     (line,) = told(ended)
@@ -244,6 +256,12 @@ def test_accelerates_own_configuration_asks_for_parts(monkeypatch: pytest.Monkey
     assert spread_by_launcher() == "shards"
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     assert spread_by_launcher() == "offload"
+
+
+def test_parts_take_a_torch_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(RecipeError, match=r"weights in parts take torch 2\.6 or later; this is "):
+        shard(None, torch.nn.Linear(1, 1), [], processes.ALONE, torch.device("cpu"), offload=False)
 
 
 def test_layers_take_gpus_and_one_process(folder: Path) -> None:
