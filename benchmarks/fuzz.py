@@ -1,6 +1,6 @@
 """Read thousands of damaged and hostile sidecars, recipes and data files: does any crash, hang, or pass for sound?
 
-    python benchmarks/fuzz.py [--sidecars 20000] [--recipes 2000] [--data 2000] [--guided 20000] [--seed 0] [--json FILE]
+    python benchmarks/fuzz.py [--sidecars 20000] [--partials 2000] [--recipes 2000] [--data 2000] [--guided 20000] [--seed 0] [--json FILE]
 
 Each is made of a sound file by hypothesis, read, and used as a merge would use it. ``--guided`` adds mutants that atheris looks for, by
 which lines of the package they reach; needs `pip install 'fisher-mask-mergekit[fuzz]'`. Run from a clone of the repository:
@@ -17,7 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import mutants
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from processes import HERE, run_python
 from rows import markdown, report
@@ -32,12 +33,14 @@ from rows import markdown, report
 from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.diagonal_sidecar import read_diagonal
 from fisher_mask_mergekit.errors import FisherMaskError
+from fisher_mask_mergekit.partial_sums import PartialSums
 from fisher_mask_mergekit.preview.check import check_recipe
 from fisher_mask_mergekit.preview.printout import sidecar_lines
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.sites import row_fisher
+from fisher_mask_mergekit.tally import Tally as Progress
 from fisher_mask_mergekit.tasks import SequenceClassification
 from fisher_mask_mergekit.tuning.written import with_coefficients
 
@@ -52,6 +55,7 @@ SIDECARS = {
 }  # fmt: skip
 """Targets, and how many of the sidecars each one gets of every twenty."""
 
+PARTIALS = ("partial", "sealed partial")
 DATA = ("jsonl", "csv", "parquet")
 FAILURES = ("crash", "hang", "wrong")
 
@@ -157,6 +161,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "sealed folder": folder_target(
             "edited, checksums made anew", mutants=mutants.sealed_folder_of(files), may_differ=True
         ),
+        **_partial_targets(folder / "sums", read(one / BESIDE)),
         "recipe": Target(
             "recipe", "damaged or edited", recipe.encode(), mutants.recipe_of(recipe),
             partial(_use_recipe, folder / "mutant.yml"), may_differ=True,
@@ -171,6 +176,46 @@ def targets(folder: Path) -> dict[str, Target]:
             for suffix, made in table.items()
         },
     }  # fmt: skip
+
+
+def _partial_targets(place: Path, sidecar: Sidecar) -> dict[str, Target]:
+    """Sums that a measurement goes on from."""
+    found = {
+        (output, node): vector
+        for output, vectors in sidecar.fisher.items()
+        for node, vector in vectors.items()
+    }
+    keys = {".".join(key): key for key in found}
+    sums = PartialSums(place, lambda: {"seed": 0, "device": "cpu"}, keys, 8, 1e-9, _refuse_damaged)
+    wanted: Progress[Any] = Progress(found, 6, 1.5, 2.0)
+    sums.keep(wanted, lambda: None)
+    content = sums.path.read_bytes()
+    target = partial(Target, "partial sums", original=content, use=partial(_use_partial, sums, wanted))
+    edited = [made(content, sealed=True) for made in (mutants.metadata_of, mutants.tensors_of)]
+    others = [
+        made(content)
+        for made in (mutants.bytes_of, mutants.header_of, mutants.metadata_of, mutants.tensors_of)
+    ]
+    return {
+        "partial": target("damaged, edited, exchanged", mutants=st.one_of(others)),
+        "sealed partial": target("edited, checksum made anew", mutants=st.one_of(edited), may_differ=True),
+    }
+
+
+def _refuse_damaged(note: str) -> None:
+    if not note.startswith("going on after"):
+        raise FisherMaskError(note)
+
+
+def _use_partial(sums: PartialSums[Any], wanted: Progress[Any], content: bytes) -> bool:
+    sums.path.write_bytes(content)
+    got = sums.begin(1 << 30, anew=False)
+    assert got is not None
+    got.check_shapes({key: tuple(total.shape) for key, total in wanted.sums.items()})
+    same = all(torch.equal(got.sums[key], total) for key, total in wanted.sums.items() if key in got.sums)
+    return (
+        same and replace(got, sums={}) == replace(wanted, sums={}) and got.sums.keys() == wanted.sums.keys()
+    )
 
 
 def _as_table(rows: bytes, folder: Path) -> dict[str, bytes]:
@@ -310,7 +355,10 @@ def shares(given: argparse.Namespace) -> dict[str, int]:
     sidecars = {
         name: -(-given.sidecars * weight // sum(SIDECARS.values())) for name, weight in SIDECARS.items()
     }
-    return sidecars | {"recipe": given.recipes} | {name: -(-given.data // len(DATA)) for name in DATA}
+    partials = {name: -(-given.partials // len(PARTIALS)) for name in PARTIALS}
+    return (
+        sidecars | partials | {"recipe": given.recipes} | {name: -(-given.data // len(DATA)) for name in DATA}
+    )
 
 
 def main() -> None:
@@ -319,6 +367,7 @@ def main() -> None:
     )
     for option, default in {
         "sidecars": 20_000,
+        "partials": 2000,
         "recipes": 2000,
         "data": 2000,
         "guided": 0,

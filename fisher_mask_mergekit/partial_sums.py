@@ -3,6 +3,7 @@
 They lie in one safetensors file beside the sidecar's place, ``.NAME.partial``, described in ``docs/sidecar.md``.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -43,6 +44,7 @@ class PartialMetadata(Record):
         samples: How many samples are in the sums: the first of the order that batches have them in.
         total: How many are to be.
         loss: As in a :class:`~fisher_mask_mergekit.tally.Tally`, and so those below.
+        correct: None where nothing can be right.
     """
 
     format_version: Literal[1]
@@ -50,7 +52,7 @@ class PartialMetadata(Record):
     samples: Count = Field(ge=1)
     total: Count
     loss: float = Field(allow_inf_nan=False)
-    correct: float = Field(allow_inf_nan=False)
+    correct: float | None = Field(allow_inf_nan=False)
     one_by_one: bool
     checked: Count
     checked_padded: bool
@@ -72,7 +74,8 @@ class PartialSums(Generic[Key]):
         find_request: Says what the numbers depend on. Asked only if there is something to be compared or written.
         keys: The sums' keys by the names that they have in the file.
         total: How many samples there are.
-        every: Seconds from one writing to the next, at least; more where writing takes long.
+        every: Seconds from one writing to the next, at least; more where writing takes long. 0: nothing is written, read
+            or removed.
         say: Tells the user something.
         clock: Seconds.
     """
@@ -85,10 +88,9 @@ class PartialSums(Generic[Key]):
     say: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
     _next: float = field(init=False)
-    _failed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._next = self.clock() + self.every
+        self._next = self.clock() + self.every if self.every else math.inf
 
     @property
     def path(self) -> Path:
@@ -100,18 +102,24 @@ class PartialSums(Generic[Key]):
         """What the numbers depend on."""
         return dict(self.find_request())
 
-    def begin(self, most: int) -> Tally[Key] | None:
+    def begin(self, most: int, *, anew: bool) -> Tally[Key] | None:
         """What an interrupted run of the same request left; None if there is nothing to go on from.
 
         What is damaged is told of and left out of account: there is nothing in it that could be saved.
 
         Args:
             most: Bytes that the file may have.
+            anew: Whether to leave it out of account, whatever it is.
 
         Raises:
             SidecarError: If it is of another request (names what differs).
         """
-        if not self.path.is_file():
+        if not self.every or not self.path.is_file():
+            return None
+        if anew:
+            self.say(
+                f"beginning anew: --force; what an interrupted run summed ({self.path}) is left out of account"
+            )
             return None
         try:
             metadata, sums = _read(self.path, self.keys, most)
@@ -123,12 +131,13 @@ class PartialSums(Generic[Key]):
             f"going on after {metadata.samples} of {self.total} samples that an interrupted run measured ({self.path})"
         )
         fields = metadata.model_dump(include=_TALLIED)
-        return Tally(sums={self.keys[name]: total for name, total in sums.items()}, **fields)
+        correct = math.nan if metadata.correct is None else metadata.correct
+        return Tally({self.keys[name]: total for name, total in sums.items()}, correct=correct, **fields)
 
     def _check_request(self, metadata: PartialMetadata) -> None:
         then, now = metadata.request, self.request
         other = [
-            f"{name} {_shown(then.get(name))}, now {_shown(now.get(name))}"
+            f"{_shown(name)} {_shown(then.get(name))}, now {_shown(now.get(name))}"
             for name in {**now, **then}
             if then.get(name) != now.get(name)
         ]
@@ -148,7 +157,7 @@ class PartialSums(Generic[Key]):
             tally: It.
             check: Raises an error if what is measured has changed.
         """
-        if self._failed or self.clock() < self._next:
+        if self.clock() < self._next:
             return
         request = (
             self.request
@@ -158,30 +167,31 @@ class PartialSums(Generic[Key]):
             format_version=FORMAT_VERSION,
             request=request,
             total=self.total,
+            correct=None if math.isnan(tally.correct) else tally.correct,
             **{name: getattr(tally, name) for name in _TALLIED},
         )
         started = self.clock()
         try:
             self._write(metadata, tally)
         except OSError as error:
-            self._failed = True
+            self._next = math.inf
             self.say(
                 f"cannot write {self.path}: {error.strerror or error}; measuring goes on, and begins anew if it is interrupted"
             )
+            return
         ended = self.clock()
         self._next = ended + max(self.every, (ended - started) / _SHARE_OF_TIME)
 
     def remove(self) -> None:
         """There is nothing left to go on with."""
+        if not self.every:
+            return
         with suppress(OSError):  # What was measured is measured all the same.
             self.path.unlink(missing_ok=True)
 
     def _write(self, metadata: PartialMetadata, tally: Tally[Key]) -> None:
-        sums = {
-            name: tally.sums[key].detach().cpu().contiguous()
-            for name, key in self.keys.items()
-            if key in tally.sums
-        }
+        names = {key: name for name, key in self.keys.items()}
+        sums = {names[key]: total.detach().cpu().contiguous() for key, total in tally.sums.items()}
         try:
             with whole_file(self.path, self.target) as temporary:
                 save_file(sums, temporary, {METADATA_KEY: seal(metadata.model_dump_json(), sums)})
@@ -189,7 +199,7 @@ class PartialSums(Generic[Key]):
             raise OSError(first_line(error)) from error
 
 
-_TALLIED = {"samples", "loss", "correct", "one_by_one", "checked", "checked_padded", "too_large"}
+_TALLIED = {"samples", "loss", "one_by_one", "checked", "checked_padded", "too_large"}
 
 
 def _shown(value: Any) -> str:

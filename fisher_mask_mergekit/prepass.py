@@ -109,16 +109,10 @@ def compute(
             partial(request_of, job, job.inputs, device, batch_tokens, recompute),
             kind_of(job).keys(job),
             len(job.inputs.encoded.samples),
-            checkpoint_every or math.inf,
+            checkpoint_every,
             on_note,
         )
-        begun = None
-        if job.force and sums.path.is_file():
-            on_note(
-                f"beginning anew: --force; what an interrupted run summed ({sums.path}) is left out of account"
-            )
-        elif checkpoint_every:
-            begun = sums.begin(_most_bytes(job))
+        begun = sums.begin(_most_bytes(job), anew=job.force)
 
         def keep(batch: Batch, tally: Tally[Any]) -> None:
             sums.keep(tally, partial(_check_unchanged, job))
@@ -129,8 +123,7 @@ def compute(
             spread=spread, tally=begun, on_start=on_start, on_batch=keep,
         )  # fmt: skip
         outcome = _save(job, found, device, replaced)
-        if checkpoint_every:
-            sums.remove()
+        sums.remove()
         return outcome
 
 
