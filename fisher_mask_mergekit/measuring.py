@@ -23,7 +23,7 @@ from fisher_mask_mergekit.execution import (
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.placing import placed
-from fisher_mask_mergekit.processes import ALONE, Processes
+from fisher_mask_mergekit.processes import ALONE, Processes, contact_within
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
 
@@ -85,7 +85,10 @@ def measure(
         tally.sums = {key: total.to(device) for key, total in tally.sums.items()}
     agree = processes.anywhere if is_in_parts(spread) else None
     limits = batch_limits(settings, rows, batch_tokens, device, agree)
-    with model_errors(job.checkpoint.name, job.model_class, to_make_smaller(settings)):
+    with (
+        model_errors(job.checkpoint.name, job.model_class, to_make_smaller(settings)),
+        contact_within(),
+    ):
         model, values = placed(kind, job, inputs, device, spread, processes)
         by_batch = settings.estimator == "batch"
         share = dealt(inputs.encoded, processes.rank, processes.count, settings.rows if by_batch else None)

@@ -44,6 +44,7 @@ class PartialMetadata(Record):
         samples: How many samples are in the sums: the first of the order that batches have them in.
         total: How many are to be.
         loss: As in a :class:`~fisher_mask_mergekit.tally.Tally`, and so those below.
+        correct: None where nothing can be right.
     """
 
     format_version: Literal[1]
@@ -51,7 +52,7 @@ class PartialMetadata(Record):
     samples: Count = Field(ge=1)
     total: Count
     loss: float = Field(allow_inf_nan=False)
-    correct: float = Field(allow_inf_nan=False)
+    correct: float | None = Field(allow_inf_nan=False)
     one_by_one: bool
     checked: Count
     checked_padded: bool
@@ -130,7 +131,8 @@ class PartialSums(Generic[Key]):
             f"going on after {metadata.samples} of {self.total} samples that an interrupted run measured ({self.path})"
         )
         fields = metadata.model_dump(include=_TALLIED)
-        return Tally(sums={self.keys[name]: total for name, total in sums.items()}, **fields)
+        correct = math.nan if metadata.correct is None else metadata.correct
+        return Tally({self.keys[name]: total for name, total in sums.items()}, correct=correct, **fields)
 
     def _check_request(self, metadata: PartialMetadata) -> None:
         then, now = metadata.request, self.request
@@ -165,6 +167,7 @@ class PartialSums(Generic[Key]):
             format_version=FORMAT_VERSION,
             request=request,
             total=self.total,
+            correct=None if math.isnan(tally.correct) else tally.correct,
             **{name: getattr(tally, name) for name in _TALLIED},
         )
         started = self.clock()
@@ -187,11 +190,8 @@ class PartialSums(Generic[Key]):
             self.path.unlink(missing_ok=True)
 
     def _write(self, metadata: PartialMetadata, tally: Tally[Key]) -> None:
-        sums = {
-            name: tally.sums[key].detach().cpu().contiguous()
-            for name, key in self.keys.items()
-            if key in tally.sums
-        }
+        names = {key: name for name, key in self.keys.items()}
+        sums = {names[key]: total.detach().cpu().contiguous() for key, total in tally.sums.items()}
         try:
             with whole_file(self.path, self.target) as temporary:
                 save_file(sums, temporary, {METADATA_KEY: seal(metadata.model_dump_json(), sums)})
@@ -199,7 +199,7 @@ class PartialSums(Generic[Key]):
             raise OSError(first_line(error)) from error
 
 
-_TALLIED = {"samples", "loss", "correct", "one_by_one", "checked", "checked_padded", "too_large"}
+_TALLIED = {"samples", "loss", "one_by_one", "checked", "checked_padded", "too_large"}
 
 
 def _shown(value: Any) -> str:

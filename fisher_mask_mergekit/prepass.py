@@ -103,7 +103,7 @@ def compute(
         if checkpoint_every and (processes.count > 1 or spread):
             checkpoint_every = 0
             on_note(
-                "measured in one go: what is summed is not saved on the way where weights or samples are spread"
+                "in several processes, or with --spread, no sums are saved on the way: what is interrupted begins anew"
             )
         sums = PartialSums(
             job.target,

@@ -190,9 +190,28 @@ def _contact() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # Of gloo, of NCCL, and of the store.
-        raise ProcessError(
-            f"no contact to the other processes: {first_line(error)}; one of them ended, or its machine cannot be reached"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def contact_within() -> Iterator[None]:
+    """The same where a model runs, which may say other things, too.
+
+    Raises:
+        ProcessError: If processes are gone that have a part of it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> ProcessError:
+    return ProcessError(
+        f"no contact to the other processes: {first_line(error)}; one of them ended, or its machine cannot be reached"
+    )
 
 
 @contextmanager

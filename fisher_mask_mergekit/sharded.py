@@ -38,7 +38,7 @@ def shard(
     try:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     except ImportError as error:
-        raise RecipeError(f"--shard takes torch 2.6 or later; this is {torch.__version__}") from error
+        raise RecipeError(f"weights in parts take torch 2.6 or later; this is {torch.__version__}") from error
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
 

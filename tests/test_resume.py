@@ -126,6 +126,17 @@ def test_ends_with_the_numbers_of_one_that_was_never_interrupted(
     assert list(job.target.parent.iterdir()) == [job.target]
 
 
+def test_so_does_a_regression_where_nothing_can_be_right(tmp_path: Path, data: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", labels=1)
+    wanted, *_ = measured(job_of(model, data, out=tmp_path / "sidecar"))
+    measured(job_of(model, data), after=2)
+    got, _, said = measured(job_of(model, data))
+    assert "going on after" in said[0]
+    assert_equal(got, wanted)
+    assert got is not None
+    assert got.metadata.accuracy is None
+
+
 def test_one_that_was_interrupted_behind_the_last_batch(model: Path, data: Path, tmp_path: Path) -> None:
     wanted, sizes, _ = measured(job_of(model, data, out=tmp_path / "sidecar"))
     measured(job_of(model, data), after=len(sizes))
