@@ -1,8 +1,8 @@
 """From samples to batches: tokens, then padding."""
 
 import pickle
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -43,8 +43,7 @@ class Limit:
 def growing_limits(device: torch.device, rows: int | None) -> Iterator[Limit]:
     """From :data:`FIRST_TOKENS`, on a GPU twice as many after every two batches while as much memory is free as was used.
 
-    Two, since a batch is made while the one before it runs: only what the one before that took is known, and it must have
-    been as large.
+    Two, since a batch is made while the one before it runs, which must be no larger than what is known of: the one before that.
     """
     tokens = FIRST_TOKENS
     if device.type == "cuda":  # What an earlier model took says nothing of this one.
@@ -153,29 +152,32 @@ def padded_batches(
         device: Where the batches go. On any but the CPU, which has nothing to spare for it, each is made while the one before
             it runs.
     """
-    made = _made(encoded, tokenizer, limits, by_length, device)
-    return made if device.type == "cpu" else _ahead(made, device)
+    limits = repeat(limits) if isinstance(limits, Limit) else limits
+    make, plans = partial(_batch, encoded, tokenizer, device), _plans(encoded, limits, by_length)
+    return map(make, plans) if device.type == "cpu" else _ahead(make, plans, device)
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, one made in advance, by a thread for which ``cuda`` is the same GPU as for this one."""
+def _ahead(
+    make: Callable[[list[int]], Batch], plans: Iterator[list[int]], device: torch.device
+) -> Iterator[Batch]:
+    """Batches as planned, one made in advance, by a thread for which ``cuda`` is the same GPU as for this one.
+
+    Plans are not made in the thread: they may hang on how much memory is free, or on what other processes say.
+    """
     is_cuda = device.type == "cuda"
     prepare = partial(torch.cuda.set_device, torch.empty(0, device=device).device) if is_cuda else None
     with ThreadPoolExecutor(1, "batches", prepare) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
+        coming: Future[Batch] | None = None
+        for plan in plans:
+            coming, ready = thread.submit(make, plan), coming
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
 
 
-def _made(
-    encoded: EncodedSamples,
-    tokenizer: Any,
-    limits: Limit | Iterator[Limit],
-    by_length: bool,
-    device: torch.device,
-) -> Iterator[Batch]:
-    limits = repeat(limits) if isinstance(limits, Limit) else limits
+def _plans(encoded: EncodedSamples, limits: Iterator[Limit], by_length: bool) -> Iterator[list[int]]:
+    """Which samples are a batch."""
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
     order = sorted(widths, key=lambda index: -widths[index]) if by_length else list(widths)
     start = 0
@@ -186,13 +188,17 @@ def _made(
             if not limit.allows(stop + 1 - start, width):
                 break
             stop += 1
-        index, start = order[start:stop], stop
-        rows = [encoded.samples[i] for i in index]
-        inputs = {
-            name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)
-            for name in rows[0].inputs
-        }
-        yield Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
+        yield order[start:stop]
+        start = stop
+
+
+def _batch(encoded: EncodedSamples, tokenizer: Any, device: torch.device, index: list[int]) -> Batch:
+    rows = [encoded.samples[i] for i in index]
+    inputs = {
+        name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)
+        for name in rows[0].inputs
+    }
+    return Batch(inputs, _padded([row.labels for row in rows], IGNORED, device), tuple(index))
 
 
 def _width(sample: Encoded) -> int:
