@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -45,8 +45,7 @@ def growing_limits(
 ) -> Iterator[Limit]:
     """From :data:`FIRST_TOKENS`, on a GPU twice as many after every two batches while as much memory is free as was used.
 
-    Two, since a batch is made while the one before it runs: only what the one before that took is known, and it must have
-    been as large.
+    Two, since a batch is made while the one before it runs, which must be no larger than what is known of: the one before that.
 
     Args:
         device: Where the batches run.
@@ -171,30 +170,34 @@ def padded_batches(
         skip: How many samples of that order to leave out at its beginning. Where a batch ended there, and all may hold
             the same, those after it are the batches that they would be without.
     """
-    made = _made(encoded, tokenizer, limits, by_length, device, skip)
-    return made if device.type == "cpu" else _ahead(made, device)
+    limits = repeat(limits) if isinstance(limits, Limit) else limits
+    make, plans = partial(_batch, encoded, tokenizer, device), _plans(encoded, limits, by_length, skip)
+    return map(make, plans) if device.type == "cpu" else _ahead(make, plans, device)
 
 
-def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, one made in advance, by a thread for which ``cuda`` is the same GPU as for this one."""
+def _ahead(
+    make: Callable[[list[int]], Batch], plans: Iterator[list[int]], device: torch.device
+) -> Iterator[Batch]:
+    """Batches as planned, one made in advance, by a thread for which ``cuda`` is the same GPU as for this one.
+
+    Plans are not made in the thread: they may hang on how much memory is free, or on what other processes say.
+    """
     is_cuda = device.type == "cuda"
     prepare = partial(torch.cuda.set_device, torch.empty(0, device=device).device) if is_cuda else None
     with ThreadPoolExecutor(1, "batches", prepare) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
+        coming: Future[Batch] | None = None
+        for plan in plans:
+            coming, ready = thread.submit(make, plan), coming
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
 
 
-def _made(
-    encoded: EncodedSamples,
-    tokenizer: Any,
-    limits: Limit | Iterator[Limit],
-    by_length: bool,
-    device: torch.device,
-    skip: int,
-) -> Iterator[Batch]:
-    limits = repeat(limits) if isinstance(limits, Limit) else limits
+def _plans(
+    encoded: EncodedSamples, limits: Iterator[Limit], by_length: bool, skip: int
+) -> Iterator[list[int]]:
+    """Which samples are a batch."""
     widths = {index: _width(sample) for index, sample in encoded.samples.items()}
     order = _longest_first(widths) if by_length else list(widths)
     start = skip
@@ -205,7 +208,7 @@ def _made(
             if not limit.allows(stop + 1 - start, width):
                 break
             stop += 1
-        yield _batch(encoded, order[start:stop], tokenizer, device)
+        yield order[start:stop]
         start = stop
 
 
@@ -238,10 +241,10 @@ def batches_in_step(
             rows += 1
         turn, order = order[: rows * count], order[rows * count :]
         own = turn[rank::count]
-        yield replace(_batch(encoded, own or turn[:1], tokenizer, device), counts=bool(own))
+        yield replace(_batch(encoded, tokenizer, device, own or turn[:1]), counts=bool(own))
 
 
-def _batch(encoded: EncodedSamples, index: list[int], tokenizer: Any, device: torch.device) -> Batch:
+def _batch(encoded: EncodedSamples, tokenizer: Any, device: torch.device, index: list[int]) -> Batch:
     rows = [encoded.samples[i] for i in index]
     inputs = {
         name: _padded([row.inputs[name] for row in rows], _filler(name, tokenizer, rows), device)

@@ -16,14 +16,14 @@ from fisher_mask_mergekit.batches import (
     EncodedSamples,
     Limit,
     _ahead,
-    _made,
+    _batch,
     encode_samples,
     growing_limits,
     padded_batches,
 )
 from fisher_mask_mergekit.data import Samples
 from fisher_mask_mergekit.errors import CheckpointError, DataError
-from fisher_mask_mergekit.tasks import CausalLM, Encoded, Tokenization
+from fisher_mask_mergekit.tasks import Batch, CausalLM, Encoded, Tokenization
 from fisher_mask_mergekit.tasks.sequences import Regression
 from tests import tiny
 from tests.test_encoding import decoder
@@ -92,48 +92,61 @@ def encoded(*lengths: int) -> EncodedSamples:
     return EncodedSamples(samples, 0, 0)
 
 
-def test_off_the_cpu_one_batch_is_made_in_advance_by_a_thread_and_no_more() -> None:
-    made_by: list[str] = []
+def test_off_the_cpu_one_batch_is_made_in_advance_by_a_thread_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned_by, made_by = [], []
 
     def limits() -> Iterator[Limit]:
         while True:
-            made_by.append(threading.current_thread().name)
+            planned_by.append(threading.current_thread().name)
             yield Limit(rows=2)
+
+    def noted(*args: Any) -> Batch:
+        made_by.append(threading.current_thread().name)
+        return _batch(*args)
 
     drawn, how = encoded(4, 9, 4, 5, 4, 2, 1, 1), {"tokenizer": tiny.tokenizer(), "by_length": True}
     wanted = list(padded_batches(drawn, limits=Limit(rows=2), device=CPU, **how))
-    # The meta device has no memory and no clock, but is none of the CPU's.
+    monkeypatch.setattr(batches_module, "_batch", noted)
+    # The meta device has no memory, but is none of the CPU's.
     batches = padded_batches(drawn, limits=limits(), device=torch.device("meta"), **how)
-    assert made_by == []
+    assert planned_by == []
     for taken, batch in enumerate(wanted, 1):
         other = next(batches)
         assert other.index == batch.index
         assert_close(other.inputs["input_ids"], batch.inputs["input_ids"].to("meta"))
-        assert len(made_by) <= min(taken + 1, len(wanted))
+        assert planned_by == [threading.current_thread().name] * min(taken + 1, len(wanted))
     assert next(batches, None) is None
     assert made_by == ["batches_0"] * len(wanted)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_batches_made_in_advance_are_the_same() -> None:
-    drawn = encoded(4, 9, 4, 5, 4, 2, 1, 1)
-    wanted = list(_made(drawn, tiny.tokenizer(), Limit(rows=2), True, CPU, 0))
-    assert_close([batch.inputs for batch in _ahead(iter(wanted), CPU)], [batch.inputs for batch in wanted])
-    assert [batch.index for batch in _ahead(iter(wanted), CPU)] == [batch.index for batch in wanted]
+def test_a_batch_is_made_while_the_one_before_it_runs() -> None:
+    made = threading.Event()
+
+    def make(plan: list[int]) -> Any:
+        if plan == [1]:
+            made.set()
+        return plan
+
+    batches = _ahead(make, iter([[0], [1], [2]]), CPU)
+    assert next(batches) == [0]
+    assert made.wait(60)
+    assert list(batches) == [[1], [2]]
 
 
 def test_what_goes_wrong_in_advance_is_told_in_its_turn_and_nothing_is_left_running() -> None:
-    good, *_ = _made(encoded(3), tiny.tokenizer(), Limit(), True, CPU, 0)
+    def make(plan: list[int]) -> Any:
+        if plan == [1]:
+            raise CheckpointError("the tokenizer gives what cannot be padded")
+        return plan
 
-    def failing() -> Iterator[Any]:
-        yield good
-        raise CheckpointError("the tokenizer gives what cannot be padded")
-
-    batches = _ahead(failing(), CPU)
-    assert next(batches) is good
+    batches = _ahead(make, iter([[0], [1], [2]]), CPU)
+    assert next(batches) == [0]
     with pytest.raises(CheckpointError, match="what cannot be padded"):
         next(batches)
-    abandoned = _ahead(iter([good, good, good]), CPU)
+    abandoned = _ahead(make, iter([[0], [2], [3]]), CPU)
     next(abandoned)
     del abandoned
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]

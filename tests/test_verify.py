@@ -149,7 +149,7 @@ def test_another_head_and_layers_in_each_others_place_fail(model: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"labels": "sampled"}, {"labels": "exact"}, {"mask_placement": "pre", "seed": 3}, {"dtype": "bfloat16"},
+    {}, {"labels": "sampled"}, {"labels": "exact"}, {"mask_placement": "pre", "seed": 3}, {"dtype": "bfloat16"}, {"dtype": "float16"},
     {"dtype": "float64"}, {"estimator": "batch", "batch_size": 5}, {"kind": "diagonal"},
 ], ids=lambda settings: "-".join(map(str, settings.values())) or "defaults")  # fmt: skip
 def test_all_samples_again_give_all_numbers_again(model: Path, settings: dict[str, Any]) -> None:
