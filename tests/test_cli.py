@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_the_sidecar_says_what_was_measured(model: Path, data: Path) -> None:
         "sample",
     )
     assert (metadata.data.text, metadata.data.label, metadata.data.rows) == (("text",), "label", 24)
-    assert metadata.versions["torch"] == torch.__version__
+    assert metadata.versions["torch"] == version("torch")
     assert (metadata.device, metadata.data.label_map) == ("cpu", {"0": 0, "1": 1})
 
 

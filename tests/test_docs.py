@@ -1,6 +1,7 @@
 """The documentation against the program. `python -m tests.test_docs` writes what is generated of it."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,12 @@ def with_help(page: str) -> str:
 def test_the_reference_shows_every_commands_help() -> None:
     page = CLI.read_text()
     assert sorted(re.findall(r"<!-- help: (\w+) -->", page)) == COMMANDS
-    assert with_help(page) == page, "run: python -m tests.test_docs"
+    shown = with_help(page)
+    if f"typer=={version('typer')}" in (ROOT / "constraints.txt").read_text().split():
+        assert shown == page, "run: python -m tests.test_docs"
+    else:  # Which lays it out otherwise.
+        options = r"^ +(--[\w-]+)"
+        assert re.findall(options, shown, re.MULTILINE) == re.findall(options, page, re.MULTILINE)
 
 
 def test_the_reference_names_every_setting_and_column() -> None:
