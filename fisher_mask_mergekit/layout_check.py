@@ -5,14 +5,14 @@ else. Before such a model is measured, one node's rows are moved in the first la
 node's columns of the output projection's input may move.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.errors import MeasurementError
-from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, name_template, row_fisher
+from fisher_mask_mergekit.sites import GovernedTensor, Layout, Node, Site, name_template, row_fisher
 from fisher_mask_mergekit.tasks import Batch, Task
 
 _OWN_SHARE = 0.9
@@ -38,10 +38,7 @@ def check_layout(model: nn.Module, task: Task, sample: Batch, sites: tuple[Site,
         before = _input_of(model, task, sample, site)
         if before is None or not bool(before.isfinite().all()):
             continue
-        for tensor, node in _one_of_each(model, site):
-            one_hot = {kind: torch.zeros(shape) for kind, shape in site.nodes().items()}
-            one_hot[node][0] = 1
-            rows = row_fisher(site, tensor, one_hot, torch.zeros(1))
+        for tensor, node, rows in _one_of_each(model, site):
             with _moved(model.get_parameter(tensor.name), rows):
                 after = _input_of(model, task, sample, site)
             assert after is not None
@@ -55,19 +52,29 @@ def check_layout(model: nn.Module, task: Task, sample: Batch, sites: tuple[Site,
                 )
 
 
-def _one_of_each(model: nn.Module, site: Site) -> Iterator[tuple[GovernedTensor, Node]]:
-    """For each kind of node, a weight of the loaded model with rows of it."""
+_ROWS: Mapping[str, tuple[Node, tuple[Layout, ...]]] = {
+    "queries": ("head_fisher", ("q", "q k v", "(q k v)")),
+    "keys": ("kv_head_fisher", ("k", "q k v", "(q k v)", "(k v)")),
+    "values": ("kv_head_fisher", ("v", "q k v", "(q k v)", "(k v)")),
+    "neurons": ("neuron_fisher", ("n", "n n", "(n n)")),
+}
+"""What is moved: rows of a node, in a tensor of one of these layouts."""
+
+
+def _one_of_each(model: nn.Module, site: Site) -> Iterator[tuple[GovernedTensor, Node, Tensor]]:
+    """Of each kind of rows, a weight of the loaded model, their node, and 1 where the first such node's lie."""
     parameters = dict(model.named_parameters())
-    weights = [
-        tensor
-        for tensor in site.tensors
-        if tensor.name in parameters and len(tensor.shape) > 1 and tensor.layout != "mean"
-    ]
-    kinds: dict[Node, str] = {"head_fisher": "q", "kv_head_fisher": "k", "neuron_fisher": "n"}
-    for node in site.nodes():
-        found = next((tensor for tensor in weights if kinds[node] in tensor.layout), None)
-        if found is not None:
-            yield found, node
+    weights = [tensor for tensor in site.tensors if tensor.name in parameters and len(tensor.shape) > 1]
+    for what, (node, layouts) in _ROWS.items():
+        found = next((tensor for tensor in weights if tensor.layout in layouts), None)
+        if found is None:
+            continue
+        none = {kind: torch.zeros(shape) for kind, shape in site.nodes().items()}
+        first = (torch.arange(site.nodes()[node][0]) == 0).float()
+        if what == "values":
+            yield found, node, row_fisher(site, found, none, first)
+        else:
+            yield found, node, row_fisher(site, found, none | {node: first}, torch.zeros(1))
 
 
 class _Seen(Exception):  # noqa: N818  # Not an error: it ends a forward pass that has shown enough.

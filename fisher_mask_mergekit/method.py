@@ -28,11 +28,11 @@ from fisher_mask_mergekit.merging import (
     merge_errors,
 )
 from fisher_mask_mergekit.sidecar import Sidecar, read
-from fisher_mask_mergekit.weighting import Found, Normalize, Unmasked, fisher_rows, merge_rows
+from fisher_mask_mergekit.weighting import Found, Nodes, Normalize, Scheme, Unmasked, fisher_rows, merge_rows
 
 
 class FisherMaskMerge(GroupMergeMethod):
-    """Query and key rows by head Fisher, FFN intermediate rows by neuron Fisher, the rest averaged.
+    """Query and key rows by head Fisher, FFN intermediate rows by neuron Fisher, the rest averaged; more if asked.
 
     Parameters in the recipe, per model:
 
@@ -43,8 +43,12 @@ class FisherMaskMerge(GroupMergeMethod):
 
     Parameters for the merge:
 
+    - ``nodes``: ``paper``; ``columns``, which weighs the FFN's output projection too, its columns by neuron Fisher.
+    - ``values``: ``true`` weighs the values too: their rows by the key-value heads' Fisher, and the columns of the
+      attention's output projection by the heads'.
     - ``normalize``: ``none``; ``model`` or ``layer``, which divide a model's Fisher information by its own
-      mean over all nodes of the same kind, in the checkpoint or at the site.
+      mean over all nodes of the same kind, in the checkpoint or at the site; ``tensor``, by its mean over the
+      tensor's rows (or columns).
     - ``unmasked``: how tensors without mask nodes are weighted, by ``weight`` alone (``average``) or as the
       paper's released code does: ``layer``, the rest of an attention or FFN block by the site's mean Fisher;
       ``universal``, also everything else, by the mean over sites of the mean head plus the mean neuron.
@@ -59,6 +63,8 @@ class FisherMaskMerge(GroupMergeMethod):
         parameters=(
             ParameterSpec("weight", float | None, ParameterScope.INPUT, default=None),
             ParameterSpec("sidecar", str, ParameterScope.INPUT, default=""),
+            ParameterSpec("nodes", Nodes, ParameterScope.SHARED, default="paper"),
+            ParameterSpec("values", bool, ParameterScope.SHARED, default=False),
             ParameterSpec("normalize", Normalize, ParameterScope.SHARED, default="none"),
             ParameterSpec("unmasked", Unmasked, ParameterScope.SHARED, default="average"),
             ParameterSpec("missing", Missing, ParameterScope.SHARED, default="error"),
@@ -85,9 +91,8 @@ def _merge(
     name: str,
     weight: Mapping[Hashable, float | None],
     sidecar: Mapping[Hashable, str],
-    normalize: Normalize,
-    unmasked: Unmasked,
     missing: Missing,
+    **scheme: Any,
 ) -> Tensor:
     inputs = counted_inputs(group, weight)
     if isinstance(inputs, Tensor):
@@ -99,7 +104,7 @@ def _merge(
         for (entry, _), known in zip(inputs, sidecars, strict=True)
     ]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
-    return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, normalize, unmasked))
+    return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, Scheme(**scheme)))
 
 
 def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:

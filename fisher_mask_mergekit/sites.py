@@ -1,4 +1,4 @@
-"""Mask nodes: which there are before an output projection, and which rows of which tensors each one governs.
+"""Mask nodes: which there are before an output projection, and which rows or columns of which tensors each governs.
 
 The pre-pass and the merge meet here (and in the sidecar), so they cannot disagree about what a node owns.
 """
@@ -23,20 +23,23 @@ Node = Literal["head_fisher", "kv_head_fisher", "neuron_fisher"]
 NodeKey = tuple[str, Node]
 """A site's output projection and a kind of node."""
 
-Layout = Literal["q", "k", "q k v", "(q k v)", "(k v)", "n", "n n", "(n n)", "mean"]
+Layout = Literal[
+    "q", "k", "v", "q k v", "(q k v)", "(k v)", "n", "n n", "(n n)", "columns h", "columns n", "mean"
+]  # fmt: skip
 """What the rows of a governed tensor are, in order: of query heads (q), key heads (k), value heads (v),
-neurons (n); in parentheses, repeated for every key-value head or every neuron. ``mean``: no node of its own."""
+neurons (n); in parentheses, repeated for every key-value head or every neuron. Of an output projection, what its
+columns take: heads' outputs (h), neurons (n). ``mean``: no node of its own."""
 
 
 class GovernedTensor(BaseModel):
-    """A tensor and what its rows are weighted by.
+    """A tensor and what its rows, or an output projection's columns, can be weighted by.
 
     Attributes:
         name: The tensor's name, in the checkpoint's files or in the loaded model.
-        layout: What the rows are.
+        layout: What the rows or columns are.
         shape: The tensor's shape.
         axis: Along which the rows lie: 0, but 1 where a weight is stored transposed (Conv1D), and 1 or 2
-            in experts' tensors ``[E, ...]``.
+            in experts' tensors ``[E, ...]``. Along which the columns lie: the other one.
         expert: Which expert's it is, where a site's experts have tensors of their own.
     """
 
@@ -88,6 +91,8 @@ class Site(BaseModel):
         for tensor in self.tensors:
             if not self._governs(tensor):
                 raise ValueError(f"tensor '{tensor.name:.100}' does not divide among the site's nodes")
+        if not any(tensor.layout.startswith("columns") for tensor in self.tensors):
+            raise ValueError("no tensor has the output projection's columns; measure the checkpoint again")
         return self
 
     def _governs(self, tensor: GovernedTensor) -> bool:
@@ -98,10 +103,15 @@ class Site(BaseModel):
         if tensor.expert is not None and tensor.expert >= self.experts:
             return False
         rows = tensor.shape[tensor.axis]
+        whole = self.experts == 0 or tensor.expert is not None
+        if tensor.layout.startswith("columns") and len(tensor.shape) != (2 if whole else 3):
+            return False
         if self.kind == "ffn":
-            whole = self.experts == 0 or tensor.expert is not None
             fits = whole or (tensor.axis > 0 and tensor.shape[0] == self.experts)
-            return fits and rows == {"n": 1, "n n": 2, "(n n)": 2}.get(tensor.layout, 0) * self.neurons
+            per_neuron = {"n": 1, "n n": 2, "(n n)": 2, "columns n": 1}
+            return fits and rows == per_neuron.get(tensor.layout, 0) * self.neurons
+        if tensor.layout in ("v", "columns h"):
+            return rows == (self.kv_heads if tensor.layout == "v" else self.heads) * self.head_dim
         if tensor.layout == "(k v)":
             return rows % self.kv_heads == 0 and rows // self.kv_heads > self.head_dim
         parts = {"q": self.heads, "k": self.kv_heads}
@@ -147,15 +157,15 @@ def name_template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def row_fisher(site: Site, tensor: GovernedTensor, fisher: Mapping[Node, Tensor], plain: Tensor) -> Tensor:
-    """Fisher information of each row of a governed tensor.
+def row_fisher(site: Site, tensor: GovernedTensor, fisher: Mapping[Node, Tensor], values: Tensor) -> Tensor:
+    """Fisher information of each row, or an output projection's columns, of a governed tensor.
 
     Args:
         site: The tensor's site.
         tensor: A governed tensor with a layout other than ``mean``.
         fisher: The site's Fisher vectors, ``head_fisher [H]`` and ``kv_head_fisher [K]``, or
             ``neuron_fisher [D]`` (``[E, D]`` for experts).
-        plain: For rows that no mask node governs (values), ``[1]``.
+        values: Of value rows: ``[1]`` for all of them, or that of their key-value head, ``[K]``.
 
     Returns:
         As many dimensions as the tensor has, 1 along those where nothing changes: for ``q``, row r gets the
@@ -172,18 +182,20 @@ def row_fisher(site: Site, tensor: GovernedTensor, fisher: Mapping[Node, Tensor]
             neurons = neurons.repeat_interleave(2, -1)
         wide = [*neurons.shape[:-1], *[1] * (len(tensor.shape) - neurons.ndim), neurons.shape[-1]]
         return neurons.reshape(wide).transpose(tensor.axis, -1)
-    heads, keys = fisher["head_fisher"], fisher["kv_head_fisher"]
-    if tensor.layout == "q":
+    heads, keys, values = fisher["head_fisher"], fisher["kv_head_fisher"], values.expand(groups)
+    if tensor.layout in ("q", "columns h"):
         vector = heads.repeat_interleave(rows // site.heads)
     elif tensor.layout == "k":
         vector = keys.repeat_interleave(rows // groups)
+    elif tensor.layout == "v":
+        vector = values.repeat_interleave(rows // groups)
     elif tensor.layout == "(k v)":
         key_rows = keys[:, None].expand(-1, rows // groups - site.head_dim)
-        vector = torch.cat([key_rows, plain.expand(groups, site.head_dim)], 1).flatten()
+        vector = torch.cat([key_rows, values[:, None].expand(-1, site.head_dim)], 1).flatten()
     else:
         width = rows // (site.heads + 2 * groups)
         query_rows = heads.reshape(groups, -1).repeat_interleave(width, 1)
-        parts = [query_rows, keys[:, None].expand(-1, width), plain.expand(groups, width)]
+        parts = [query_rows, *(vector[:, None].expand(-1, width) for vector in (keys, values))]
         grouped = tensor.layout == "(q k v)"
         vector = torch.cat(parts, 1).flatten() if grouped else torch.cat([part.flatten() for part in parts])
     shape = [1] * len(tensor.shape)

@@ -19,33 +19,35 @@ class TableRow:
     Attributes:
         kind: ``attention`` or ``ffn``.
         out: The output projection; its input is what the mask multiplies.
-        inputs: Projections whose rows the mask nodes govern. Attention: with their layouts. FFN: the one that
-            the activation function is applied to comes first; their layout follows from their shape.
-        rest: The block's other tensors but the output projection, which ``unmasked: layer`` weights by the
-            site's mean Fisher, as the paper's released code does; an attention's value projection first. A
-            leading ``/`` is relative to the layer (``...layers.3.``).
+        inputs: Projections whose rows the mask nodes govern. Attention: with their layouts, but for the values'.
+            FFN: the one that the activation function is applied to comes first; their layout follows from their
+            shape.
+        value: An attention's value projection, or its bias, where it has tensors of its own.
+        rest: The block's other tensors, which ``unmasked: layer`` weights by the site's mean Fisher, as the paper's
+            released code does. A leading ``/`` is relative to the layer (``...layers.3.``).
         unless: A parameter that says that this is something else under the same names.
     """
 
     kind: Kind
     out: str
     inputs: Mapping[str, Layout]
+    value: str = ""
     rest: tuple[str, ...] = ()
     unless: str = ""
 
 
 def _ffn(out: str, *inputs: str, rest: tuple[str, ...] = ()) -> TableRow:
-    return TableRow("ffn", out, dict.fromkeys(inputs, "n"), rest)
+    return TableRow("ffn", out, dict.fromkeys(inputs, "n"), rest=rest)
 
 
-def _attention(out: str, inputs: Mapping[str, Layout], *rest: str) -> TableRow:
-    return TableRow("attention", out, inputs, rest)
+def _attention(out: str, inputs: Mapping[str, Layout], value: str = "", *rest: str) -> TableRow:
+    return TableRow("attention", out, inputs, value, rest)
 
 
 # Where two rows fit the same projection, the first holds.
 TABLE = (
     # DiffLlama's heads are differences of two others'.
-    TableRow("attention", "o_proj", {"q_proj": "q", "k_proj": "k"}, ("v_proj",), unless="lambda_q1"),
+    TableRow("attention", "o_proj", {"q_proj": "q", "k_proj": "k"}, "v_proj", unless="lambda_q1"),
     _attention("o_proj", {"q_b_proj": "q", "kv_b_proj": "(k v)"}),  # DeepSeek's latent attention
     _attention("o_proj", {"q_proj": "q", "kv_b_proj": "(k v)"}),
     _attention("o_proj", {"qkv_proj": "q k v"}),  # Phi-3
@@ -167,7 +169,7 @@ class _Match:
     def attention(self, heads: int | Callable[[str], int]) -> Site:
         output = self.prefix + self.row.out
         count = heads if isinstance(heads, int) else heads(output)
-        width = self._columns(self.tensors(self.row.out)[0])
+        width = self._columns()
         first = self.tensors(next(iter(self.row.inputs)))[0]
         try:
             if count < 1 or width % count:
@@ -190,8 +192,8 @@ class _Match:
 
     def ffn(self) -> Site | None:
         """None if the projections' shapes do not fit each other."""
-        out, first = self.tensors(self.row.out)[0], self.tensors(next(iter(self.row.inputs)))[0]
-        neurons = self._columns(out)
+        first = self.tensors(next(iter(self.row.inputs)))[0]
+        neurons = self._columns()
         layouts: dict[str, Layout] = {}
         for index, path in enumerate(self.row.inputs):
             rows = self._rows(index)
@@ -210,16 +212,19 @@ class _Match:
 
     def _governed(self, layouts: Mapping[str, Layout]) -> tuple[GovernedTensor, ...]:
         fused: Layout | None = {"gpt_bigcode": "(q k v)", "chatglm": "q k v"}.get(self.model_type)  # type: ignore[assignment]
+        value: dict[str, Layout] = {self.row.value: "v"} if self.row.value else {}
         rest: dict[str, Layout] = dict.fromkeys((*self.row.rest, self.row.out), "mean")
-        return tuple(
-            GovernedTensor(
-                name=name,
-                layout=fused if fused and "q k v" in layout else layout,
-                shape=tuple(self.shapes[name]),
-                axis=self._axis(name),
-            )
-            for path, layout in {**layouts, **rest}.items()
+        output = self.tensors(self.row.out)[0]
+        columns: Layout = "columns n" if self.row.kind == "ffn" else "columns h"
+        found = [
+            (name, fused if fused and "q k v" in layout else layout, self._axis(name))
+            for path, layout in {**layouts, **value, **rest}.items()
             for name in self.tensors(path)
+            if name != output
+        ]
+        return tuple(
+            GovernedTensor(name=name, layout=layout, shape=tuple(self.shapes[name]), axis=axis)
+            for name, layout, axis in [*found, (output, columns, self._column_axis())]
         )
 
     def _kv_heads(self, heads: int, head_dim: int) -> int:
@@ -228,7 +233,7 @@ class _Match:
         if layout == "(k v)":
             return heads
         fused = next((part for part, kind in self.row.inputs.items() if "q k v" in kind), None)
-        values = self.tensors(self.row.rest[0]) if self.row.rest else []
+        values = self.tensors(self.row.value) if self.row.value else []
         name = self.tensors(fused)[0] if fused else values[0] if values else self.tensors(path)[0]
         rows = self.shapes[name][self._axis(name)]
         kv_heads = (rows // head_dim - heads) // 2 if fused else rows // head_dim
@@ -246,10 +251,14 @@ class _Match:
         name = self.tensors(list(self.row.inputs)[index])[0]
         return self.shapes[name][self._axis(name)]
 
-    def _columns(self, out: str) -> int:
+    def _columns(self) -> int:
         """Width of what enters the output projection."""
-        shape = self.shapes[out]
-        return shape[-1 - self._axis(out)] if len(shape) == 2 else shape[3 - self._expert_axis()]
+        return self.shapes[self.tensors(self.row.out)[0]][self._column_axis()]
+
+    def _column_axis(self) -> int:
+        """Along which the inputs of the output projection lie."""
+        out = self.tensors(self.row.out)[0]
+        return 3 - self._expert_axis() if len(self.shapes[out]) == 3 else 1 - self._axis(out)
 
     def _axis(self, name: str) -> int:
         """Along which the outputs of a projection lie."""

@@ -3,7 +3,9 @@
 Used by the merge itself and by what foretells it, so that they cannot disagree.
 """
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -13,12 +15,52 @@ from torch import Tensor
 from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
 from fisher_mask_mergekit.sidecar import Sidecar
-from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
+from fisher_mask_mergekit.sites import GovernedTensor, Layout, Node, Site, row_fisher
 
-Normalize = Literal["none", "model", "layer"]
+Nodes = Literal["paper", "columns", "all"]
+Normalize = Literal["none", "model", "layer", "tensor"]
 Unmasked = Literal["average", "layer", "universal"]
 Found = tuple[Site, GovernedTensor] | None
 """What a model's sidecar knows of a tensor; None if no mask node governs it."""
+
+ASKED_FOR: Mapping[Layout, tuple[str, str | bool]] = {
+    "v": ("values", True), "columns h": ("values", True), "columns n": ("nodes", "columns"),
+}  # fmt: skip
+"""What mask nodes govern only in a scheme with this value of this parameter; tensors of other layouts always."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a merge weighs by Fisher information, and how.
+
+    Attributes:
+        nodes: ``paper``: query and key rows, and the rows of the FFN's intermediate layer. ``columns``: also the
+            columns of the FFN's output projection.
+        values: Whether also value rows and the columns of the attention's output projection.
+        normalize: What a model's Fisher information is divided by.
+        unmasked: How tensors that no mask node governs are weighted.
+    """
+
+    nodes: Nodes = "paper"
+    values: bool = False
+    normalize: Normalize = "none"
+    unmasked: Unmasked = "average"
+
+    def __post_init__(self) -> None:
+        if self.nodes == "all":
+            raise FisherMaskError(
+                "nodes is 'all', which merges by another kind of sidecar; expected paper or columns"
+            )
+
+    def of(self, found: Found) -> Found:
+        """What a sidecar knows of a tensor, with layout ``mean`` where this scheme leaves its nodes out."""
+        if found is None:
+            return None
+        site, tensor = found
+        parameter, value = ASKED_FOR.get(tensor.layout, ("nodes", self.nodes))
+        if getattr(self, parameter) == value:
+            return found
+        return site, tensor.model_copy(update={"layout": "mean"})
 
 
 def merge_rows(
@@ -92,8 +134,7 @@ def fisher_rows(
     sidecars: Sequence[Sidecar | None],
     found: Sequence[Found],
     ndim: int,
-    normalize: Normalize,
-    unmasked: Unmasked,
+    scheme: Scheme,
 ) -> list[Tensor] | None:
     """What the models' tensors of one name are weighted by.
 
@@ -101,8 +142,7 @@ def fisher_rows(
         sidecars: The models', None where a model has none.
         found: What each of them knows of the model's tensor.
         ndim: The tensor's number of dimensions.
-        normalize: What a model's Fisher information is divided by.
-        unmasked: How tensors without mask nodes are weighted.
+        scheme: What is weighed by Fisher information, and how.
 
     Returns:
         Per model, of one shape that broadcasts to the tensor's; None if it is averaged by weight alone.
@@ -110,8 +150,9 @@ def fisher_rows(
     Raises:
         SidecarMismatchError: If the sidecars disagree about which mask nodes govern it.
     """
+    found = [scheme.of(known) for known in found]
     rows = [
-        None if sidecar is None else _model_rows(sidecar, known, ndim, normalize, unmasked)
+        None if sidecar is None else _model_rows(sidecar, known, ndim, scheme)
         for sidecar, known in zip(sidecars, found, strict=True)
     ]
     there = [fisher for fisher in rows if fisher is not None]
@@ -133,21 +174,32 @@ def _described(found: Found) -> str:
     return f"{', '.join(counts)} in layout '{found[1].layout}'"
 
 
-def _model_rows(
-    sidecar: Sidecar, found: Found, ndim: int, normalize: Normalize, unmasked: Unmasked
-) -> Tensor | None:
+def _model_rows(sidecar: Sidecar, found: Found, ndim: int, scheme: Scheme) -> Tensor | None:
     """What one model's tensor is weighted by, broadcast to its shape; None for not at all."""
     if found is not None and found[1].layout != "mean":
-        site, governed = found
-        plain = torch.ones(1, dtype=torch.float64, device="cpu")
-        if unmasked != "average" and site.kind == "attention":
-            plain = _site_mean(sidecar, site, normalize)
-        return row_fisher(site, governed, _normalized(sidecar, site, normalize), plain)
-    if unmasked == "average":
+        site, tensor = found
+        fisher = _normalized(sidecar, site, scheme.normalize)
+        rows = row_fisher(site, tensor, fisher, _value_rows(sidecar, site, fisher, scheme))
+    elif scheme.unmasked == "average":
         return None
-    if found is not None:
-        return _site_mean(sidecar, found[0], normalize).reshape([1] * ndim)
-    return _universal(sidecar, normalize).reshape([1] * ndim) if unmasked == "universal" else None
+    elif found is not None:
+        rows = _site_mean(sidecar, found[0], scheme.normalize).reshape([1] * ndim)
+    elif scheme.unmasked == "universal":
+        rows = _universal(sidecar, scheme.normalize).reshape([1] * ndim)
+    else:
+        return None
+    if scheme.normalize == "tensor" and (mean := rows.nanmean()) > 0:
+        rows = rows / mean
+    return torch.where(rows.isnan(), 1.0, rows)
+
+
+def _value_rows(sidecar: Sidecar, site: Site, fisher: Mapping[Node, Tensor], scheme: Scheme) -> Tensor:
+    """Of an attention's value rows, ``[K]`` or ``[1]``; not a number where they are averaged."""
+    if scheme.values and site.kind == "attention":
+        return fisher["kv_head_fisher"]
+    if scheme.unmasked != "average" and site.kind == "attention":
+        return _site_mean(sidecar, site, scheme.normalize)
+    return torch.full((1,), math.nan, dtype=torch.float64, device="cpu")
 
 
 def _site_mean(sidecar: Sidecar, site: Site, normalize: Normalize) -> Tensor:
@@ -168,9 +220,9 @@ def _universal(sidecar: Sidecar, normalize: Normalize) -> Tensor:
 
 
 def _normalized(sidecar: Sidecar, site: Site, normalize: Normalize) -> dict[Node, Tensor]:
-    """The site's Fisher vectors in float64, divided by the mean that ``normalize`` names."""
+    """The site's Fisher vectors in float64, divided by the mean over nodes that ``normalize`` names."""
     vectors = {node: vector.double() for node, vector in sidecar.fisher[site.output].items()}
-    if normalize == "none":
+    if normalize in ("none", "tensor"):
         return vectors
     means = (
         sidecar.means

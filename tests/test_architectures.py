@@ -22,7 +22,7 @@ from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, write
-from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
+from fisher_mask_mergekit.sites import GovernedTensor, Node, NodeKey, Site, row_fisher
 from fisher_mask_mergekit.skeleton import sites_of
 from fisher_mask_mergekit.store import BESIDE
 from fisher_mask_mergekit.table import find_sites
@@ -31,7 +31,7 @@ from tests import tiny, tiny_tasks
 from tests.families import FAMILIES, REMOTE, Fails, Family, Loses, Remote, build, inputs, sibling
 from tests.families.experts import EXPERTS
 from tests.families.perturbation import changed, heard
-from tests.naive import naive_fisher
+from tests.naive import naive_fisher, naive_gradients
 from tests.test_sidecar import metadata_for
 
 # What transformers computes of these in float64 is not a number: where a sample is padded; in any case.
@@ -50,7 +50,13 @@ WITH_EXPERTS = [
     if family.name != "granite-hybrid-dense"
 ]
 each = pytest.mark.parametrize("family", FAMILIES, ids=str)
-NODES: tuple[Node, ...] = ("head_fisher", "kv_head_fisher", "neuron_fisher")
+PARTS: Mapping[str, Node] = {
+    "queries": "head_fisher",
+    "keys": "kv_head_fisher",
+    "values": "kv_head_fisher",
+    "neurons": "neuron_fisher",
+}
+"""Kinds of rows, and the node that each is of."""
 
 
 class Anything(SequenceClassification):
@@ -92,11 +98,12 @@ def batches(family: Family, sizes: tuple[int, ...]) -> Iterator[Batch]:
         first += size
 
 
-def rows_of(site: Site, tensor: GovernedTensor, node: Node, index: tuple[int, ...]) -> list[tuple[int, ...]]:
+def rows_of(site: Site, tensor: GovernedTensor, part: str, index: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The positions along a tensor's rows (experts and rows) that one node governs."""
     one_hot: dict[Node, Tensor] = {kind: torch.zeros(shape) for kind, shape in site.nodes().items()}
-    one_hot[node][index] = 1
-    return [tuple(place) for place in row_fisher(site, tensor, one_hot, torch.zeros(1)).nonzero().tolist()]
+    values = torch.zeros(max(site.kv_heads, 1))
+    (values if part == "values" else one_hot[PARTS[part]])[index] = 1
+    return [tuple(place) for place in row_fisher(site, tensor, one_hot, values).nonzero().tolist()]
 
 
 def columns_of(site: Site, node: Node, index: int) -> list[int]:
@@ -107,14 +114,20 @@ def columns_of(site: Site, node: Node, index: int) -> list[int]:
     return list(range(index * width, (index + 1) * width))
 
 
-def governed(model: Any, site: Site) -> Iterator[tuple[GovernedTensor, Node, int]]:
-    """Tensors of the loaded model, and for each kind of node that governs one, how many there are."""
+def governed(model: Any, site: Site) -> Iterator[tuple[GovernedTensor, str, int]]:
+    """Tensors of the loaded model, and for each kind of rows that one has, how many nodes there are."""
+    for tensor in loaded(model, site):
+        if not tensor.layout.startswith("columns"):
+            for part, node in PARTS.items():
+                shape = site.nodes().get(node)
+                if shape and rows_of(site, tensor, part, (0,) * len(shape)):
+                    yield tensor, part, shape[-1]
+
+
+def loaded(model: Any, site: Site) -> list[GovernedTensor]:
+    """The tensors of the loaded model that mask nodes govern."""
     parameters = dict(model.named_parameters())
-    for tensor in site.tensors:
-        if tensor.name in parameters and tensor.layout != "mean":
-            for node, shape in site.nodes().items():
-                if rows_of(site, tensor, node, (0,) * len(shape)):
-                    yield tensor, node, shape[-1]
+    return [tensor for tensor in site.tensors if tensor.name in parameters and tensor.layout != "mean"]
 
 
 @each
@@ -128,15 +141,15 @@ def test_moving_a_nodes_rows_moves_its_columns_only(family: Family) -> None:
             assert (site.heads, site.kv_heads) == wanted, site.output
         if site.experts or ("vision" in site.output and family.inputs == "text"):
             continue
-        for tensor, node, count in governed(model, site):
+        for tensor, part, count in governed(model, site):
             for index in {1, count - 1} - {count}:
-                own = columns_of(site, node, index)
-                rows = [place[tensor.axis] for place in rows_of(site, tensor, node, (index,))]
+                own = columns_of(site, PARTS[part], index)
+                rows = [place[tensor.axis] for place in rows_of(site, tensor, part, (index,))]
                 others = [
                     place[tensor.axis]
                     for other in range(count)
                     if other != index
-                    for place in rows_of(site, tensor, node, (other,))
+                    for place in rows_of(site, tensor, part, (other,))
                 ]
                 moved = changed(model, batch, site.output, tensor.name, rows, tensor.axis)
                 rest = (
@@ -145,11 +158,11 @@ def test_moving_a_nodes_rows_moves_its_columns_only(family: Family) -> None:
                 if not family.coupled:
                     outside = moved.clone()
                     outside[own] = False
-                    assert not outside.any(), (tensor.name, node, index)
-                    assert rest is None or not rest[own].any(), (tensor.name, node, index)
+                    assert not outside.any(), (tensor.name, part, index)
+                    assert rest is None or not rest[own].any(), (tensor.name, part, index)
                 # A key's bias moves all scores of a query alike, but for rotary positions.
-                if not (node == "kv_head_fisher" and len(tensor.shape) == 1):
-                    assert moved[own].any(), (tensor.name, node, index)
+                if not (part == "keys" and len(tensor.shape) == 1):
+                    assert moved[own].any(), (tensor.name, part, index)
 
 
 @pytest.mark.parametrize("family", WITH_EXPERTS, ids=str)
@@ -162,7 +175,7 @@ def test_rows_of_an_experts_muted_neuron_go_unheard(family: Family) -> None:
         for tensor, _, _ in governed(model, site):
             heard_beside_another = 0
             for expert in range(site.experts):
-                for place in rows_of(site, tensor, "neuron_fisher", (expert, 5)):
+                for place in rows_of(site, tensor, "neurons", (expert, 5)):
                     assert place[0] == expert
                     rows: list[Any] = [slice(None)] * len(tensor.shape)
                     rows[0], rows[tensor.axis] = place[0], place[tensor.axis]
@@ -179,6 +192,14 @@ def _column(site: Site, expert: int, neuron: int) -> tuple[Any, ...]:
     return tuple(column)
 
 
+def exact_model(family: Family) -> Any:
+    """The family's model in float64, or as wide as it can be."""
+    model = build(family) if family.name in FLOAT32 else build(family).double()
+    if any(site.experts for site in model_of(family)[1]) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # The others have no float64 on a processor.
+    return model
+
+
 def precision(family: Family) -> float:
     return 1e-3 if family.name in FLOAT32 else 1e-6 if family.name in FLOAT32_INSIDE else 1e-8
 
@@ -189,9 +210,7 @@ def test_the_pre_pass_equals_the_definition(family: Family, placement: Any) -> N
     sites = model_of(family)[1]
     if not sites:
         pytest.skip("no mask nodes")
-    model = build(family) if family.name in FLOAT32 else build(family).double()
-    if any(site.experts for site in sites) and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # The others have no float64 on a processor.
+    model = exact_model(family)
     if family.name in UNPADDED:
         family = replace(family, inputs="text without mask")
     singles = list(batches(family, (1,) * 5))
@@ -204,6 +223,51 @@ def test_the_pre_pass_equals_the_definition(family: Family, placement: Any) -> N
     for key, value in wanted.items():
         assert_close(got.fisher[key], value.double(), rtol=allowed, atol=allowed * float(value.max()))
     assert any(float(value.max()) > 0 for value in wanted.values())
+
+
+@each
+def test_columns_and_value_rows_account_for_the_masks_gradient(family: Family) -> None:
+    """What a mask multiplies is linear in them: the mask's gradient is the sum of W dl/dW over what it governs."""
+    sites = model_of(family)[1]
+    if not sites:
+        pytest.skip("no mask nodes")
+    model = exact_model(family)
+    if family.name in UNPADDED:
+        family = replace(family, inputs="text without mask")
+    (sample,) = batches(family, (1,))
+    wanted, _ = naive_gradients(model, TASK, sample, sites)
+    TASK.likelihood(model, sample).losses(None).sum().backward()
+    allowed = precision(family)
+    for site in sites:
+        own = {key: value for key, value in wanted.items() if key[0] == site.output and value.any()}
+        if not own:
+            continue  # No sample runs through it.
+        found = accounted(model, site, columns=True)
+        assert found.keys() == {(site.output, "neuron_fisher" if site.kind == "ffn" else "head_fisher")}
+        with_values = any("v" in tensor.layout for tensor in loaded(model, site))
+        assert with_values == (site.kind == "attention")
+        if with_values:
+            found |= accounted(model, site, columns=False)
+            assert found.keys() == own.keys()
+        for key, got in found.items():
+            assert_close(got, own[key], rtol=allowed, atol=allowed * float(own[key].abs().max()))
+
+
+def accounted(model: Any, site: Site, *, columns: bool) -> dict[NodeKey, Tensor]:
+    """The sum of W dl/dW over each node's columns of the output projection, or over its value rows."""
+    masks = {
+        node: torch.zeros(shape, dtype=torch.float64, requires_grad=columns)
+        for node, shape in site.nodes().items()
+    }
+    values = torch.zeros(max(site.kv_heads, 1), dtype=torch.float64, requires_grad=not columns)
+    total: Any = 0
+    for tensor in loaded(model, site):
+        weight = model.get_parameter(tensor.name)
+        if tensor.layout.startswith("columns") == columns and weight.grad is not None:
+            total = total + (weight.detach() * weight.grad * row_fisher(site, tensor, masks, values)).sum()
+    total.backward()
+    found: dict[Node, Tensor] = masks if columns else {"kv_head_fisher": values}
+    return {(site.output, node): mask.grad for node, mask in found.items() if mask.grad is not None}
 
 
 def write_checkpoint(model: Any, folder: Path, seed: int, **options: Any) -> dict[str, dict[Node, Tensor]]:
@@ -260,6 +324,7 @@ def row_for(task: str, draw: tiny_tasks.Draw) -> dict[str, Any]:
 
 @each
 def test_a_merge_through_mergekit(family: Family, tmp_path: Path) -> None:
+    """With all that mask nodes can govern; the paper's is part of it."""
     parent, sites = model_of(family)
     if not sites:
         pytest.skip("no mask nodes")
@@ -272,6 +337,7 @@ def test_a_merge_through_mergekit(family: Family, tmp_path: Path) -> None:
     recipe = {
         "merge_method": "fisher_mask",
         "models": [{"model": str(folder), "parameters": {"weight": 1.0}} for folder in folders],
+        "parameters": {"nodes": "columns", "values": True},
         "base_model": str(folders[0]),
         "dtype": "float32",
     }
@@ -291,7 +357,7 @@ def test_a_merge_through_mergekit(family: Family, tmp_path: Path) -> None:
         tensor.name: (site, tensor) for site in sites for tensor in site.tensors if tensor.layout != "mean"
     }
     states = [dict(model.named_parameters()) for model in models]
-    weighted = 0
+    weighted = set()
     for name, value in merged.named_parameters():
         if name in report["missing_keys"] or any(part in name for part in lost):
             continue
@@ -299,14 +365,18 @@ def test_a_merge_through_mergekit(family: Family, tmp_path: Path) -> None:
         shares = [torch.ones(1).double()] * 2
         if name in by_name:
             site, tensor = by_name[name]
-            shares = [
-                row_fisher(site, tensor, fisher[site.output], torch.ones(1)).double() for fisher in fishers
-            ]
+            shares = [rows_fisher(site, tensor, fisher[site.output]) for fisher in fishers]
             shares = [torch.where(shares[0] + shares[1] > 0, share, 1.0) for share in shares]
-            weighted += 1
+            weighted.add(tensor.layout)
         wanted = (shares[0] * one + shares[1] * two) / (shares[0] + shares[1])
         assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
-    assert weighted
+    assert weighted & {"columns h", "columns n"}
+    assert weighted - {"columns h", "columns n"}
+
+
+def rows_fisher(site: Site, tensor: GovernedTensor, fisher: Mapping[Node, Tensor]) -> Tensor:
+    """With the values."""
+    return row_fisher(site, tensor, fisher, fisher.get("kv_head_fisher", torch.ones(1))).double()
 
 
 @pytest.mark.parametrize("remote", REMOTE, ids=str)
@@ -317,13 +387,16 @@ def test_architectures_with_code_of_their_own_by_their_tensors(remote: Remote) -
     sites = find_sites(shapes, remote.heads[0], transposed=transposed, model_type=model_type)
     prefixes = [remote.prefix.format(layer) for layer in remote.layers]
     assert {site.output for site in sites} == {prefix + out for prefix in prefixes for out in remote.out}
-    layouts = {"separate": {"q", "k"}, "blocks": {"q k v"}, "grouped": {"(q k v)"}}[remote.layout]
+    layouts = {"separate": {"q", "k", "v"}, "blocks": {"q k v"}, "grouped": {"(q k v)"}}[remote.layout]
     for site in sites:
         found = {tensor.layout for tensor in site.tensors} - {"mean"}
         if site.kind == "attention":
             assert (site.heads, site.kv_heads) == remote.heads
-            assert found == layouts
+            assert found == layouts | {"columns h"}
         else:
             assert site.neurons == remote.neurons
             assert ("(n n)" in found) == remote.interleaved
-        assert all(tensor.axis == int(remote.conv1d and len(tensor.shape) == 2) for tensor in site.tensors)
+            assert "columns n" in found
+        for tensor in site.tensors:
+            along_columns = tensor.layout.startswith("columns") != remote.conv1d
+            assert tensor.axis == int(along_columns and len(tensor.shape) == 2)

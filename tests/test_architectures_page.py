@@ -66,7 +66,7 @@ def table() -> list[str]:
     for row in TABLE:
         parts = [
             f"`{path}`{f' ({layout})' if row.kind == 'attention' else ''}"
-            for path, layout in row.inputs.items()
+            for path, layout in {**row.inputs, **({row.value: "v"} if row.value else {})}.items()
         ]
         lines.append(f"| {row.kind} | `{row.out}` | {', '.join(parts)} |")
     return lines

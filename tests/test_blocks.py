@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from fisher_mask_mergekit import blocks
 from fisher_mask_mergekit.blocks import Index
 from fisher_mask_mergekit.diagonal_method import merge_elements
-from fisher_mask_mergekit.weighting import fisher_rows, merge_rows
+from fisher_mask_mergekit.weighting import Scheme, fisher_rows, merge_rows
 from tests.test_weighting import sidecars
 
 WEIGHTS = [1.0, 0.5, 2.0]
@@ -90,7 +90,7 @@ def test_fused_grouped_transposed_and_expert_tensors(
     both = sidecars(family)
     found = [one.governed[name] for one in both]
     shape = found[0][1].shape
-    fishers = fisher_rows(both, found, len(shape), "none", "average")
+    fishers = fisher_rows(both, found, len(shape), Scheme())
     tensors = [drawn(shape, seed, torch.bfloat16) for seed in range(2)]
     at_once = merge_rows(tensors, WEIGHTS[:2], fishers)
     monkeypatch.setattr(blocks, "CPU_BYTES", 37 * 4)

@@ -108,6 +108,10 @@ def test_a_governed_tensor_is_known_under_both_its_names(tmp_path: Path) -> None
             assert own_site == site
             rows = row_fisher(site, own, found.fisher[site.output], torch.ones(1))
             assert_close(rows, share[expert, 40 * part : 40 * (part + 1)])
+        own_site, own = found.governed[f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight"]
+        assert own_site == site
+        columns = row_fisher(site, own, found.fisher[site.output], torch.ones(1))
+        assert_close(columns[0], found.fisher[site.output]["neuron_fisher"][expert])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from fisher_mask_mergekit.sites import Node
 from tests import tiny
 from tests.families import FAMILIES, build, sibling
 from tests.test_architectures import write_checkpoint
@@ -91,31 +92,36 @@ def test_key_value_heads_and_experts_that_no_sample_reached(tmp_path: Path) -> N
     assert "       0        4  0.000e+00        -  100.0%\n" in text
 
 
-def recovered(recipe: Path, folders: tuple[Path, Path]) -> dict[str, Tensor]:
-    """From a merge, the first model's share of each row of the matrices, by least squares over the row."""
+def recovered(recipe: Path, folders: tuple[Path, Path]) -> dict[str, tuple[Tensor, Tensor]]:
+    """From a merge, the first model's share of each row and of each column of the matrices, by least squares."""
     out = recipe.parent / "merged"
     quickly("mergekit-yaml", recipe, out, "--no-copy-tokenizer")
     one, two, merged = (
         {name: value.double() for name, value in weights_of(folder).items()} for folder in (*folders, out)
     )
     apart = {name: one[name] - two[name] for name in merged if merged[name].ndim == 2}
+    products = {name: value * (merged[name] - two[name]) for name, value in apart.items()}
     return {
-        name: (value * (merged[name] - two[name])).sum(1) / value.square().sum(1)
+        name: (products[name].sum(1) / value.square().sum(1), products[name].sum(0) / value.square().sum(0))
         for name, value in apart.items()
     }
 
 
-@pytest.mark.parametrize(("normalize", "unmasked"), [
-    ("none", "average"), ("model", "average"), ("layer", "layer"), ("none", "universal"),
-])  # fmt: skip
+@pytest.mark.parametrize("parameters", [
+    {"normalize": "none"}, {"normalize": "model"}, {"normalize": "layer", "unmasked": "layer"},
+    {"unmasked": "universal"}, {"nodes": "columns", "values": True, "normalize": "tensor"},
+    {"nodes": "columns", "unmasked": "layer"}, {"values": True, "unmasked": "universal", "normalize": "tensor"},
+], ids=str)  # fmt: skip
 def test_the_shares_are_those_of_the_merge(
-    pair: tuple[Path, Path], tmp_path: Path, normalize: str, unmasked: str
+    pair: tuple[Path, Path], tmp_path: Path, parameters: dict[str, Any]
 ) -> None:
-    recipe = recipe_for(tmp_path, pair, parameters={"normalize": normalize, "unmasked": unmasked})
+    recipe = recipe_for(tmp_path, pair, parameters=parameters)
     truth = recovered(recipe, pair)
     groups = shares_of(recipe)
     assert sorted(name for group in groups for name in group["tensors"]) == sorted(weights_of(pair[0]))
-    layouts = {"q", "k", "n", None} | ({"mean"} if unmasked != "average" else set())
+    layouts = {"q", "k", "n", None} | ({"mean"} if "unmasked" in parameters else set())
+    layouts |= {"v", "columns h"} if parameters.get("values") else set()
+    layouts |= {"columns n"} if parameters.get("nodes") == "columns" else set()
     assert {group["layout"] for group in groups} == layouts
     for group in groups:
         assert list(group["models"]) == [str(folder) for folder in pair]
@@ -125,7 +131,8 @@ def test_the_shares_are_those_of_the_merge(
         for name in group["tensors"]:
             if name in truth:
                 got = torch.tensor((first["mean"], first["min"], first["max"]), dtype=torch.float64)
-                wanted = torch.stack((truth[name].mean(), truth[name].min(), truth[name].max()))
+                own = truth[name][(group["layout"] or "").startswith("columns")]
+                wanted = torch.stack((own.mean(), own.min(), own.max()))
                 assert_close(got, wanted, rtol=0, atol=1e-4)
 
 
@@ -182,18 +189,23 @@ def test_a_moved_layer_has_its_own_share(pair: tuple[Path, Path], tmp_path: Path
     assert by_layout(moved, "n", 0)["output"] == OUTPUT
 
 
-def test_values_that_share_a_tensor_are_left_out(tmp_path: Path) -> None:
+def test_averaged_values_that_share_a_tensor_are_left_out(tmp_path: Path) -> None:
     parent = build(BY_NAME["gpt2"])
     folders = [tmp_path / "one", tmp_path / "two"]
     for seed, folder in enumerate(folders):
         write_checkpoint(sibling(parent, seed), folder, seed)
     one, two = (read(folder / store.BESIDE).fisher["transformer.h.0.attn.c_proj"] for folder in folders)
-    first, second = (torch.cat([f["head_fisher"], f["kv_head_fisher"]]).double() for f in (one, two))
-    found = next(g for g in shares_of(recipe_for(tmp_path, folders)) if g["layout"] == "q k v")
-    assert found["tensors"] == ["transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.c_attn.weight"]
-    assert_close(
-        found["models"][str(folders[0])]["mean"], float((first / (first + second)).mean()), rtol=1e-6, atol=0
-    )
+    for values, title in ((False, "query and key rows"), (True, "query, key and value rows")):
+        parts: list[Node] = ["head_fisher", "kv_head_fisher"]
+        if values:
+            parts.append("kv_head_fisher")
+        first, second = (torch.cat([f[part] for part in parts]).double() for f in (one, two))
+        recipe = recipe_for(tmp_path, folders, parameters={"values": values})
+        found = next(g for g in shares_of(recipe) if g["layout"] == "q k v")
+        assert found["tensors"] == ["transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.c_attn.weight"]
+        wanted = float((first / (first + second)).mean())
+        assert_close(found["models"][str(folders[0])]["mean"], wanted, rtol=1e-6, atol=0)
+        assert f"\n{title} of transformer.h.*.attn.c_attn\n" in inspect(recipe)
 
 
 def test_the_text_of_a_recipe(pair: tuple[Path, Path], tmp_path: Path) -> None:

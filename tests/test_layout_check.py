@@ -59,6 +59,15 @@ def test_columns_in_another_order_are_stopped(kind: str, by: int) -> None:
         check_layout(model, TASK, sample(LLAMA), (site.model_copy(update={"output": f"{path}.inner"}),))
 
 
+def test_value_rows_in_another_order_are_stopped() -> None:
+    model = build(LLAMA)
+    projection = model.get_submodule("model.layers.0.self_attn.v_proj")
+    inner = projection.forward
+    projection.forward = lambda hidden: inner(hidden).roll(4, -1)  # Half a head.
+    with pytest.raises(MeasurementError, match=r"v_proj\.weight: rows taken to be kv head 0's"):
+        check_layout(model, TASK, sample(LLAMA), model_of(LLAMA)[1])
+
+
 def test_a_single_token_says_nothing_about_queries() -> None:
     model = tiny.classifier("bert")
     batch = tiny.batches([(torch.tensor([7]), 0)], 1)[0]

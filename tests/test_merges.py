@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from fisher_mask_mergekit.method import fisher_mask
 from fisher_mask_mergekit.sites import GovernedTensor, Node, Site, row_fisher
 from fisher_mask_mergekit.skeleton import sites_of
+from fisher_mask_mergekit.weighting import Scheme, Unmasked
 from tests import tiny
 from tests.families import FAMILIES, build, sibling
 from tests.test_architectures import write_checkpoint
@@ -64,7 +65,7 @@ class Made:
         bottom: Any = 0
         for model, name, weight in sources:
             fisher = torch.ones(1)
-            if name in self.governed and self.governed[name][1].layout != "mean":
+            if name in self.governed:
                 site, tensor = self.governed[name]
                 fisher = row_fisher(site, tensor, self.fishers[model][site.output], torch.ones(1))
             top = top + weight * fisher.double() * self.states[model][name].double()
@@ -88,7 +89,9 @@ def make(work: Path, parent: Any, count: int = 2, **options: Any) -> Made:
     ]
     states = [dict(model.state_dict()) for model in models]
     sites = sites_of(parent, {name: tuple(value.shape) for name, value in states[0].items()})
-    return Made(work, folders, states, fishers, {t.name: (site, t) for site in sites for t in site.tensors})
+    found = [Scheme().of((site, tensor)) for site in sites for tensor in site.tensors]
+    governed = {one[1].name: one for one in found if one is not None and one[1].layout != "mean"}
+    return Made(work, folders, states, fishers, governed)
 
 
 @pytest.fixture
@@ -178,6 +181,21 @@ def test_sharded_and_pickled_weights_merge_alike(tmp_path: Path) -> None:
         assert_close(merged, wanted, rtol=0, atol=0)
 
 
+def test_the_scheme_may_differ_between_tensors(made: Made) -> None:
+    """As mergekit's filters have it."""
+    nodes = [{"filter": "layers.1.", "value": "columns"}, {"value": "paper"}]
+    values = [{"filter": "layers.2.", "value": True}, {"value": False}]
+    parameters = {"nodes": nodes, "values": values}
+    merged = made.merge(models=made.models(1.0, 1.0), parameters=parameters)
+    plain = made.merge(models=made.models(1.0, 1.0), out="plain")
+    moved = {name for name, value in merged.items() if not torch.equal(value, plain[name])}
+    assert moved == {
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.2.self_attn.v_proj.weight",
+        "model.layers.2.self_attn.o_proj.weight",
+    }
+
+
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     family = next(family for family in FAMILIES if family.name == "llama-tied")
     made = make(tmp_path, build(family))
@@ -227,10 +245,12 @@ def test_where_new_tensors_go_by_default_does_not_matter(made: Made) -> None:
         entries=tuple(TensorEntry(id=i, tensor=state[name]) for i, state in enumerate(made.states)),
         metadata=TensorMetadata(name=name),
     )
+    unmasked: Unmasked
     for unmasked in ("average", "universal"):
-        parameters = {"weight": {0: 1.0, 1: 1.0}, "sidecar": dict(enumerate(sidecars)), "normalize": "model"}
+        parameters = {"weight": {0: 1.0, 1: 1.0}, "sidecar": dict(enumerate(sidecars)), "missing": "error"}
+        scheme = Scheme("columns", values=True, normalize="tensor", unmasked=unmasked)
         with torch.device("meta"):
-            merged = fisher_mask.merge_group(group, **parameters, unmasked=unmasked, missing="error")
+            merged = fisher_mask.merge_group(group, **parameters, **asdict(scheme))
         assert merged.device.type == "cpu"
         assert merged.isfinite().all()
 

@@ -2,8 +2,9 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -16,8 +17,8 @@ from torch.testing import assert_close
 from fisher_mask_mergekit import method
 from fisher_mask_mergekit.merging import MergeError, compute_command
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
-from fisher_mask_mergekit.sites import name_template
-from fisher_mask_mergekit.weighting import merge_rows
+from fisher_mask_mergekit.sites import Node, name_template
+from fisher_mask_mergekit.weighting import Normalize, merge_rows
 from tests import tiny
 from tests.test_sidecar import sidecar_for
 
@@ -47,41 +48,62 @@ def inputs(tmp_path: Path) -> Inputs:
     return Inputs(tmp_path)
 
 
-def by_hand(inputs: Inputs, name: str, weights: list[float]) -> Tensor:
-    """Equation 5 written out, in float64."""
+# Which rows (along axis 0) or columns (along axis 1) of these tensors belong to which nodes.
+QUERIES, KEYS, VALUES = r"\.(query|q_lin|q_proj)\.", r"\.(key|k_lin|k_proj)\.", r"\.(value|v_lin|v_proj)\."
+NEURONS, DOWN = (
+    r"\.(intermediate\.dense|lin1|gate_proj|up_proj)\.",
+    r"(\d\.output\.dense|lin2|down_proj)\.weight",
+)
+ATTENTION_OUT = r"\.(attention\.output\.dense|out_lin|o_proj)\.weight"
+PAPER: dict[str, tuple[Node, int]] = {
+    QUERIES: ("head_fisher", 0), KEYS: ("kv_head_fisher", 0), NEURONS: ("neuron_fisher", 0),
+}  # fmt: skip
+COLUMNS: dict[str, tuple[Node, int]] = {DOWN: ("neuron_fisher", 1)}
+WITH_VALUES: dict[str, tuple[Node, int]] = {VALUES: ("kv_head_fisher", 0), ATTENTION_OUT: ("head_fisher", 1)}
+SCHEMES: list[tuple[dict[str, Any], dict[str, tuple[Node, int]]]] = [
+    ({}, PAPER),
+    ({"nodes": "columns"}, PAPER | COLUMNS),
+    ({"values": True}, PAPER | WITH_VALUES),
+    ({"nodes": "columns", "values": True}, PAPER | COLUMNS | WITH_VALUES),
+]
+
+
+def by_hand(
+    inputs: Inputs, name: str, weights: list[float], scheme: Mapping[str, tuple[Node, int]] = PAPER
+) -> Tensor:
+    """Equation 5 written out, element by element, in float64."""
     top, bottom = torch.zeros(()).double(), torch.zeros(()).double()
     for state, sidecar, weight in zip(inputs.states, inputs.sidecars, weights, strict=True):
         value = state[name].double()
-        fisher = torch.ones(value.shape[0]).double()
-        site, governed = sidecar.governed.get(name, (None, None))
-        if site is not None and governed is not None and governed.layout != "mean":
-            vectors = sidecar.fisher[site.output]
-            if governed.layout == "q":
-                fisher = vectors["head_fisher"].double().repeat_interleave(value.shape[0] // site.heads)
-            elif governed.layout == "k":
-                fisher = vectors["kv_head_fisher"].double().repeat_interleave(value.shape[0] // site.kv_heads)
-            else:
-                fisher = vectors["neuron_fisher"].double()
-        fisher = weight * fisher.reshape(-1, *[1] * (value.ndim - 1))
-        top, bottom = top + fisher * value, bottom + fisher
+        fisher = torch.ones_like(value)
+        for pattern, (node, axis) in scheme.items():
+            if re.search(pattern, name):
+                site, _ = sidecar.governed[name]
+                vector = sidecar.fisher[site.output][node].double()
+                for place in range(value.shape[axis]):
+                    own = vector[place * len(vector) // value.shape[axis]]
+                    fisher.select(axis, place).fill_(own)
+        top, bottom = top + weight * fisher * value, bottom + weight * fisher
     return top / bottom
 
 
+@pytest.mark.parametrize(("parameters", "scheme"), SCHEMES)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_equals_the_formula(tmp_path: Path, architecture: str) -> None:
+def test_equals_the_formula(
+    tmp_path: Path, architecture: str, parameters: dict[str, Any], scheme: dict[str, tuple[Node, int]]
+) -> None:
     inputs = Inputs(tmp_path, architecture, count=3)
     weights = [1.0, 0.5, 2.0]
-    merged = inputs.merge(weight=weights)
+    merged = inputs.merge(weight=weights, **parameters)
     plain = merge_state_dicts(inputs.states, "linear", parameters={"weight": weights})
     moved = set()
     for name, value in merged.items():
         if not value.is_floating_point():
             continue
-        assert_close(value.double(), by_hand(inputs, name, weights), rtol=1e-5, atol=1e-6)
+        assert_close(value.double(), by_hand(inputs, name, weights, scheme), rtol=1e-5, atol=1e-6)
         if float((value - plain[name]).abs().max()) > 1e-4:
             moved.add(name_template(name))
-    governed = "query|key|q_lin|k_lin|q_proj|k_proj|intermediate.dense|lin1|gate_proj|up_proj"
-    assert moved == {name_template(name) for name in merged if re.search(rf"\b({governed})\.", name)}
+    assert moved == {name_template(name) for name in merged if re.search("|".join(scheme), name)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -142,7 +164,7 @@ def test_the_order_of_three_models_does_not_matter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unmasked", ["average", "layer", "universal"])
-@pytest.mark.parametrize("normalize", ["none", "model", "layer"])
+@pytest.mark.parametrize("normalize", get_args(Normalize))
 def test_only_ratios_of_fishers_matter(tmp_path: Path, unmasked: str, normalize: str) -> None:
     wanted = Inputs(tmp_path / "one").merge(unmasked=unmasked, normalize=normalize)
     tiny_values = Inputs(tmp_path / "two", scale=1e-12).merge(unmasked=unmasked, normalize=normalize)
@@ -174,15 +196,16 @@ def test_zero_everywhere_is_the_weighted_mean_and_zero_in_one_model_takes_the_ot
     assert_close(got[3], 0.25 * one[3] + 0.75 * two[3])
 
 
-@pytest.mark.parametrize("normalize", ["model", "layer"])
+@pytest.mark.parametrize("normalize", ["model", "layer", "tensor"])
 def test_normalize_takes_a_models_own_scale_out(tmp_path: Path, normalize: str) -> None:
     inputs = Inputs(tmp_path)
-    wanted = inputs.merge(normalize=normalize)
+    all_of_it: dict[str, Any] = {"nodes": "columns", "values": True}
+    wanted = inputs.merge(normalize=normalize, **all_of_it)
     plain = inputs.merge()
     louder = inputs.sidecars[1]
     scaled = {o: {node: 1000 * v for node, v in vectors.items()} for o, vectors in louder.fisher.items()}
     write(Sidecar(louder.metadata, scaled, louder.values), Path(inputs.paths[1]))
-    assert_close(inputs.merge(normalize=normalize), wanted, rtol=1e-5, atol=1e-6)
+    assert_close(inputs.merge(normalize=normalize, **all_of_it), wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(AssertionError):
         assert_close(inputs.merge(), plain, rtol=1e-5, atol=1e-6)
 
@@ -338,7 +361,7 @@ def test_one_model_that_counts_is_taken_as_it_is_and_needs_no_sidecar(inputs: In
 
 
 def test_unknown_choices_are_errors(inputs: Inputs) -> None:
-    for parameter in ("normalize", "unmasked", "missing"):
+    for parameter in ("nodes", "values", "normalize", "unmasked", "missing"):
         with pytest.raises(ValueError, match="Input should be"):
             inputs.merge(**{parameter: "other"})
 

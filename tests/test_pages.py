@@ -155,14 +155,17 @@ def test_the_page_has_the_sidecars_numbers(pair: tuple[Path, Path], tmp_path: Pa
 
 
 def test_the_page_of_a_recipe_has_its_shares(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path, pair)
+    recipe = recipe_for(tmp_path, pair, parameters={"nodes": "columns", "values": True})
     plain = inspect(recipe)
     assert inspect(recipe, "--html", tmp_path / "report.html") == plain
     page = is_sound((tmp_path / "report.html").read_text())
     assert panels(page) == 2
     shares = {caption: rows for caption, rows in page.numbers().items() if "share" in caption}
     groups = json.loads(inspect(recipe, "--json"))["shares"]
-    for layout, what in (("q", "query rows"), ("k", "key rows"), ("n", "neurons")):
+    for layout, what in (
+        ("q", "query rows"), ("k", "key rows"), ("n", "neurons"), ("v", "value rows"),
+        ("columns h", "head columns"), ("columns n", "neuron columns"),
+    ):  # fmt: skip
         (rows,) = (rows for caption, rows in shares.items() if what in caption)
         wanted = [
             [value for model in group["models"].values() for value in model.values()]

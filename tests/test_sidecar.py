@@ -193,6 +193,34 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
         lambda t, m: m["sites"][0]["tensors"][0].update(layout="n"),
         "does not divide among",
     ),
+    "a query's rows as values": (
+        lambda t, m: m["sites"][0]["tensors"][0].update(layout="v"),
+        "q_proj.weight' does not divide among",
+    ),
+    "value rows of another number": (
+        lambda t, m: m["sites"][0]["tensors"][2].update(shape=[24, 32]),
+        "v_proj.weight' does not divide among",
+    ),
+    "columns along the rows": (
+        lambda t, m: m["sites"][1]["tensors"][2].update(axis=0),
+        "down_proj.weight' does not divide among",
+    ),
+    "columns of another number": (
+        lambda t, m: m["sites"][0]["tensors"][3].update(shape=[32, 64]),
+        "o_proj.weight' does not divide among",
+    ),
+    "columns of the other kind of site": (
+        lambda t, m: m["sites"][1]["tensors"][2].update(layout="columns h"),
+        "down_proj.weight' does not divide among",
+    ),
+    "columns of a vector": (
+        lambda t, m: m["sites"][1]["tensors"][2].update(shape=[48], axis=0),
+        "down_proj.weight' does not divide among",
+    ),
+    "no columns": (
+        lambda t, m: m["sites"][1]["tensors"][2].update(layout="mean"),
+        "no tensor has the output projection's columns; measure the checkpoint again",
+    ),
     "an expert where there are none": (
         lambda t, m: m["sites"][1]["tensors"][0].update(expert=0),
         "does not divide among the site's nodes",

@@ -22,10 +22,15 @@ DECODER = {
     "self_attn.o_proj": ["self_attn.q_proj", "self_attn.k_proj"],
     "mlp.down_proj": ["mlp.gate_proj", "mlp.up_proj"],
 }
-REST = {
-    "encoder": [["attention.self.value", "attention.output.dense", "attention.output.LayerNorm"], ["output.dense", "output.LayerNorm"]],
-    "distilbert": [["attention.v_lin", "attention.out_lin", "sa_layer_norm"], ["ffn.lin2", "output_layer_norm"]],
-    "decoder": [["self_attn.v_proj", "self_attn.o_proj"], ["mlp.down_proj"]],
+VALUE: dict[str, str] = {
+    "encoder": "attention.self.value",
+    "distilbert": "attention.v_lin",
+    "decoder": "self_attn.v_proj",
+}
+REST: dict[str, list[list[str]]] = {
+    "encoder": [["attention.output.LayerNorm"], ["output.LayerNorm"]],
+    "distilbert": [["sa_layer_norm"], ["output_layer_norm"]],
+    "decoder": [[], []],
 }  # fmt: skip
 
 
@@ -41,11 +46,18 @@ def test_sites_and_governed_tensors(architecture: str) -> None:
     for site, output, rest in zip((attention, ffn), wanted, REST[kind], strict=True):
         assert site.output == layer + output
         assert list(site.inputs) == [layer + path for path in wanted[output]]
-        names = {tensor.name.rpartition(".")[0]: tensor.layout for tensor in site.tensors}
         rows = ["q", "k"] if site is attention else ["n"] * len(site.inputs)
-        assert names == dict(zip(site.inputs, rows, strict=True)) | {layer + path: "mean" for path in rest}
-        there = {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in names}
-        assert {tensor.name for tensor in site.tensors} == there
+        layouts = dict(zip(site.inputs, rows, strict=True)) | {layer + path: "mean" for path in rest}
+        layouts |= {layer + VALUE[kind]: "v"} if site is attention else {}
+        weight, bias = f"{site.output}.weight", f"{site.output}.bias"
+        columns = "columns h" if site is attention else "columns n"
+        wanted_of = {
+            name: {weight: columns, bias: "mean"}.get(name) or layouts[name.rpartition(".")[0]]
+            for name, _ in model.named_parameters()
+            if name.rpartition(".")[0] in layouts or name in (weight, bias)
+        }
+        assert {tensor.name: tensor.layout for tensor in site.tensors} == wanted_of
+        assert {tensor.axis for tensor in site.tensors if tensor.name == weight} == {1}
     assert (attention.heads, ffn.neurons) == (4, 48)
     assert attention.kv_heads == (2 if kind == "decoder" else 4)
 
@@ -82,7 +94,7 @@ def test_projections_must_share_their_prefix() -> None:
 def test_experts_with_a_bias_are_interleaved_in_gpt_oss_alone(model_type: str, layout: str) -> None:
     shapes = {"e.gate_up_proj": (4, 16, 20), "e.gate_up_proj_bias": (4, 20), "e.down_proj": (4, 10, 16)}
     (site,) = find_sites(shapes, 1, model_type=model_type)
-    assert {tensor.layout for tensor in site.tensors} == {layout, "mean"}
+    assert {tensor.layout for tensor in site.tensors} == {layout, "columns n"}
     assert (site.experts, site.neurons) == (4, 10)
 
 

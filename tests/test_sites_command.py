@@ -41,24 +41,27 @@ def test_the_text_names_tensors_rows_counts_and_what_is_averaged(tmp_path: Path)
         "  model.layers.*.self_attn.k_proj.weight [16, 32]: 8 rows per key-value head",
         "  48 neurons",
         "  model.layers.*.mlp.up_proj.weight [48, 32]: 1 row per neuron",
-        "averaged (18 tensors):",
-        "  model.layers.*.self_attn.v_proj.weight [16, 32], layers 0-2",
+        "  model.layers.*.self_attn.v_proj.weight [16, 32]: 8 rows per key-value head; averaged unless values: true",
+        "  model.layers.*.self_attn.o_proj.weight [32, 32]: 8 columns per query head; averaged unless values: true",
+        "  model.layers.*.mlp.down_proj.weight [32, 48]: 1 column per neuron; averaged unless nodes: columns",
+        "averaged (9 tensors):",
+        "  model.layers.*.input_layernorm.weight [32], layers 0-2",
         "  score.weight [2, 32]",
     ):
         assert f"{line}\n" in text, line
-    averaged = text.partition("averaged")[2]
-    assert "q_proj" not in averaged
-    assert "up_proj" not in averaged
+    averaged = text.partition("\naveraged (")[2]
+    assert "_proj" not in averaged
 
 
 @pytest.mark.parametrize(("family", "lines"), [
-    ("gpt2", ["c_attn.weight [32, 96]: 8 rows per query head, then 8 per key head; those of values averaged, along axis 1"]),
-    ("gpt-neox", ["query_key_value.weight [96, 32]: per key-value head 8 rows of each query head and 8 of its key; those of its value averaged"]),
-    ("deepseek-v2", ["kv_b_proj.weight [72, 12]: 18 rows per head, those of its value averaged: the last 10"]),
+    ("gpt2", ["c_attn.weight [32, 96]: 8 rows per query head, then 8 per key head; those of values averaged unless values: true, along axis 1", "mlp.c_proj.weight [56, 32]: 1 column per neuron, along axis 0; averaged unless nodes: columns"]),
+    ("gpt-neox", ["query_key_value.weight [96, 32]: per key-value head 8 rows of each query head and 8 of its key; those of its value averaged unless values: true"]),
+    ("deepseek-v2", ["kv_b_proj.weight [72, 12]: 18 rows per head, the last 10 of its value averaged unless values: true"]),
     ("phi3", ["gate_up_proj.weight [112, 32]: 2 rows per neuron, all first ones before all second ones"]),
-    ("gpt-oss", ["gate_up_proj [4, 32, 80]: 2 rows per neuron, one after the other, along axis 2"]),
+    ("gpt-oss", ["gate_up_proj [4, 32, 80]: 2 rows per neuron, one after the other, along axis 2", "down_proj [4, 40, 32]: 1 column per neuron, along axis 1; averaged unless nodes: columns"]),
     ("mixtral", ["  40 neurons in each of 4 experts", "experts.*.w1.weight [40, 32] x 4: 1 row per neuron",
-                 "gate_up_proj [4, 80, 32]: 2 rows per neuron, all first ones before all second ones, along axis 1; this name only in the loaded model"]),
+                 "gate_up_proj [4, 80, 32]: 2 rows per neuron, all first ones before all second ones, along axis 1; this name only in the loaded model",
+                 "experts.*.w2.weight [32, 40] x 4: 1 column per neuron; averaged unless nodes: columns"]),
     ("mamba", ["no mask node is known for it: a merge averages all of it"]),
 ])  # fmt: skip
 def test_layouts_in_words(tmp_path: Path, family: str, lines: list[str]) -> None:

@@ -128,7 +128,7 @@ def test_the_written_recipe_gives_the_best_trials_merge(drafted: Path, method: s
     assert best["number"] > 0
     assert best["value"] > found["trials"][0]["value"]
     choices: dict[str, set[str | None]] = {
-        "fisher_mask": {"none", "model", "layer"},
+        "fisher_mask": {"none", "model", "layer", "tensor"},
         "fisher_diagonal": {"none", "model"},
         "linear": {None},
     }
@@ -576,7 +576,7 @@ def test_recipes_that_cannot_be_tuned(drafted: Path) -> None:
         assert f"the weight of {work / 'two'} is not one plain number (a filter, a gradient" in said(weight, f"parameters: {{weight: {varying}}}", 1)  # fmt: skip
     assert f"weight of {work / 'two'} is -1.0; expected a number of 0 or more" in said("1.0}", "-1.0}", 1)
     assert "only 1 of its models have a weight above 0; there is nothing to tune" in said("1.0}", "0}", 1)
-    assert "normalize is 'rows'; tune takes one plain name for the whole merge: none, model, layer" in said("dtype:", "parameters: {normalize: rows}\ndtype:")  # fmt: skip
+    assert "normalize is 'rows'; tune takes one plain name for the whole merge: none, model, layer, tensor" in said("dtype:", "parameters: {normalize: rows}\ndtype:")  # fmt: skip
     assert "normalize is ['model', None]; tune takes one plain name" in said("  - sources:", "  - parameters: {normalize: model}\n    sources:", 1)  # fmt: skip
     assert "linear with normalize: False: tune keeps the scale" in said("fisher_mask", "linear\nparameters: {normalize: false}")  # fmt: skip
     assert f"nothing says what {work / 'three'} was trained on" in said(f'fisher: {{data: "{work / "three.jsonl"}"}}', "")  # fmt: skip

@@ -26,7 +26,7 @@ _LEAD = (
     "each, measured on samples of that task. Below every picture are its numbers."
 )
 
-_CAPTION = Html("Each model's share of the merge: the mean over the rows of a layer.")
+_CAPTION = Html("Each model's share of the merge: the mean over a layer's rows or columns.")
 
 
 def sidecars_page(sidecars: Sequence[Sidecar]) -> str:
@@ -119,4 +119,6 @@ def _share_table(title: str, rows: Sequence[ShareStatistics], models: Mapping[st
         ]
         for layer, row in zip(layers, rows, strict=True)
     ]
-    return table(f"Each model's share of the {clean(title, 200)}, over the rows of a layer", head, cells)
+    return table(
+        f"Each model's share of the {clean(title, 200)}, over a layer's rows or columns", head, cells
+    )

@@ -11,7 +11,7 @@ from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.recipe import METHOD, Recipe
 from fisher_mask_mergekit.store import adapted
 
-OF_THE_MERGE = ("normalize", "unmasked", "missing")
+OF_THE_MERGE = ("nodes", "values", "normalize", "unmasked", "missing")
 PARAMETERS = ("weight", "sidecar", *OF_THE_MERGE)
 
 

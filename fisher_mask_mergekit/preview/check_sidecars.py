@@ -41,7 +41,7 @@ def check_sidecars(
         outputs: mergekit's plan; empty if there is none.
     """
     needed = _needed(recipe, outputs)
-    normalized = any(output.parameters.get("normalize") in ("model", "layer") for output in outputs)
+    normalized = any(output.parameters.get("normalize", "none") != "none" for output in outputs)
     if recipe.method == DIAGONAL_METHOD:
         chosen = [model for model in recipe.models if model.name in needed and model.name in models]
         yield from _diagonal(recipe, chosen, models, outputs, normalized)

@@ -1,7 +1,7 @@
 """Each model's share of a tensor before the merge: from the plan and the sidecars, without the weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
 from fisher_mask_mergekit.preview.plan import Input, Output
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import row_fisher
-from fisher_mask_mergekit.weighting import Found, counted_weight, fisher_rows, shares
+from fisher_mask_mergekit.weighting import Found, Scheme, counted_weight, fisher_rows, shares
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,23 @@ class Forecast:
         models: Those that count.
         shares: Per model its share of each row, ``[M, ...]``; ``[M]`` if weight alone decides.
         found: The site and what governs the rows; None if weight alone decides, or the mean over all sites.
+        values: Whether value rows are weighed by Fisher information.
     """
 
     output: Output
     models: tuple[str, ...]
     shares: Tensor
     found: Found
+    values: bool = False
 
     def rows(self) -> Tensor:
-        """The shares of the rows that mask nodes govern, ``[M, R]``: values that share a tensor are left out."""
+        """The shares of the rows (or columns) that mask nodes govern, ``[M, R]``: averaged values are left out."""
         flat = self.shares.flatten(1) if self.shares.ndim > 1 else self.shares[:, None]
         if self.found is None or self.found[1].layout == "mean":
             return flat
         site, tensor = self.found
         ones = {node: torch.ones(shape) for node, shape in site.nodes().items()}
-        return flat[:, row_fisher(site, tensor, ones, torch.zeros(1)).flatten() > 0]
+        return flat[:, row_fisher(site, tensor, ones, torch.full((1,), float(self.values))).flatten() > 0]
 
 
 def counted(output: Output) -> list[tuple[Input, float]]:
@@ -74,9 +76,10 @@ def forecast(output: Output, sidecars: Mapping[str, Sidecar | None]) -> Forecast
         None if sidecar is None else _found(sidecar, one)
         for sidecar, (one, _) in zip(known, parts, strict=True)
     ]
-    normalize, unmasked = output.parameters["normalize"], output.parameters["unmasked"]
-    fishers = fisher_rows(known, found, len(parts[0][0].shape or ()), normalize, unmasked)
-    return Forecast(output, models, shares(weights, fishers), found[0] if fishers else None)
+    scheme = Scheme(**{field.name: output.parameters[field.name] for field in fields(Scheme)})
+    fishers = fisher_rows(known, found, len(parts[0][0].shape or ()), scheme)
+    weighed = scheme.of(found[0]) if fishers else None
+    return Forecast(output, models, shares(weights, fishers), weighed, scheme.values)
 
 
 def _found(sidecar: Sidecar, one: Input) -> Found:

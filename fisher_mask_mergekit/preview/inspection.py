@@ -54,14 +54,16 @@ class ShareStatistics:
     Attributes:
         tensors: Their names in the output.
         output: The site's output projection; empty where weight alone decides.
-        layout: What of the tensors' rows the numbers are about, as in a sidecar; empty likewise.
-        shares: Per model that counts, the mean, the smallest and the largest share of a row.
+        layout: What of the tensors' rows or columns the numbers are about, as in a sidecar; empty likewise.
+        shares: Per model that counts, the mean, the smallest and the largest share of a row or a column.
+        values: Whether value rows are among them.
     """
 
     tensors: tuple[str, ...]
     output: str
     layout: str
     shares: Mapping[str, tuple[float, float, float]]
+    values: bool = False
 
 
 def node_statistics(sidecar: Sidecar) -> list[NodeStatistics]:
@@ -173,7 +175,13 @@ def _grouped(forecasts: Iterable[Forecast]) -> list[ShareStatistics]:
             key: Any = (one.models, tuple(one.shares.flatten().tolist()))
         else:
             site, tensor = one.found
-            key = (one.models, name_template(site.output), layer_of(one.output.name), tensor.layout)
+            key = (
+                one.models,
+                name_template(site.output),
+                layer_of(one.output.name),
+                tensor.layout,
+                one.values,
+            )
         groups.setdefault(key, []).append(one)
     return sorted((_share_statistics(group) for group in groups.values()), key=_reading_order)
 
@@ -188,13 +196,14 @@ def _share_statistics(group: Sequence[Forecast]) -> ShareStatistics:
         output=site.output if site else "",
         layout=tensor.layout if tensor else "",
         shares=dict(zip(first.models, values, strict=True)),
+        values=first.values,
     )
 
 
-def _reading_order(one: ShareStatistics) -> tuple[bool, str, str, int, tuple[str, ...]]:
+def _reading_order(one: ShareStatistics) -> tuple[bool, str, str, bool, int, tuple[str, ...]]:
     """Site by site, layer by layer; what weight alone decides last."""
     layer = layer_of(one.tensors[0])
-    return not one.output, name_template(one.output), one.layout, int(layer or 0), one.tensors
+    return not one.output, name_template(one.output), one.layout, one.values, int(layer or 0), one.tensors
 
 
 def as_json(sidecars: Iterable[AnySidecar], shares: Iterable[ShareStatistics]) -> dict[str, Any]:

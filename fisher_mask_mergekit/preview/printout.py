@@ -11,10 +11,15 @@ from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sidecar import Measurement, Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Site, layer_of, name_template
+from fisher_mask_mergekit.weighting import ASKED_FOR
 
 _WEIGHTED: Mapping[str, str] = {
-    "q": "query rows", "k": "key rows", "q k v": "query and key rows", "(q k v)": "query and key rows",
-    "(k v)": "key rows", "n": "neurons", "n n": "neurons", "(n n)": "neurons", "mean": "rest of the block",
+    "q": "query rows", "k": "key rows", "v": "value rows", "q k v": "query and key rows",
+    "(q k v)": "query and key rows", "(k v)": "key rows", "n": "neurons", "n n": "neurons", "(n n)": "neurons",
+    "columns h": "head columns", "columns n": "neuron columns", "mean": "rest of the block",
+}  # fmt: skip
+_WITH_VALUES: Mapping[str, str] = {
+    "q k v": "query, key and value rows", "(q k v)": "query, key and value rows", "(k v)": "key and value rows",
 }  # fmt: skip
 
 
@@ -62,25 +67,35 @@ def _governed_line(site: Site, tensors: Sequence[GovernedTensor], is_stored: boo
     tensor = tensors[0]
     times = f" x {len(tensors)}" if len(tensors) > 1 else ""
     lines = f"{name_template(tensor.name)} {list(tensor.shape)}{times}: {_rows(site, tensor)}"
+    if tensor.layout in ASKED_FOR:
+        parameter, value = ASKED_FOR[tensor.layout]
+        lines += f"; averaged unless {parameter}: {str(value).lower()}"
     return lines + ("" if is_stored else "; this name only in the loaded model")
 
 
 def _rows(site: Site, tensor: GovernedTensor) -> str:
-    """What the rows of a governed tensor belong to."""
+    """What the rows or columns of a governed tensor belong to."""
     rows = tensor.shape[tensor.axis]
-    along = f", along axis {tensor.axis}" if tensor.axis else ""
+    usual = len(tensor.shape) - 1 if tensor.layout.startswith("columns") else 0
+    along = f", along axis {tensor.axis}" if tensor.axis != usual else ""
     if site.kind == "ffn":
-        what = {"n": "1 row per neuron", "n n": "2 rows per neuron, all first ones before all second ones"}
+        what = {
+            "n": "1 row per neuron",
+            "columns n": "1 column per neuron",
+            "n n": "2 rows per neuron, all first ones before all second ones",
+        }
         return what.get(tensor.layout, "2 rows per neuron, one after the other") + along
     per_key = rows // site.kv_heads
     fused = rows // (site.heads + 2 * site.kv_heads)
-    values = "those of its value averaged" if tensor.layout.startswith("(") else "those of values averaged"
+    values = f"of {'its value' if tensor.layout[0] == '(' else 'values'} averaged unless values: true"
     what = {
         "q": f"{rows // site.heads} rows per query head",
         "k": f"{per_key} rows per key-value head",
-        "(k v)": f"{per_key} rows per head, {values}: the last {site.head_dim}",
-        "q k v": f"{fused} rows per query head, then {fused} per key head; {values}",
-        "(q k v)": f"per key-value head {fused} rows of each query head and {fused} of its key; {values}",
+        "v": f"{per_key} rows per key-value head",
+        "columns h": f"{site.head_dim} columns per query head",
+        "(k v)": f"{per_key} rows per head, the last {site.head_dim} {values}",
+        "q k v": f"{fused} rows per query head, then {fused} per key head; those {values}",
+        "(q k v)": f"per key-value head {fused} rows of each query head and {fused} of its key; those {values}",
     }
     return what[tensor.layout] + along
 
@@ -163,7 +178,7 @@ def _node_table(title: str, found: Sequence[NodeStatistics]) -> Iterator[str]:
 
 def share_lines(found: Sequence[ShareStatistics], models: Sequence[str]) -> Iterator[str]:
     """Each model's share of every governed tensor, layer by layer, then what weight alone decides."""
-    yield "each model's share of the merge: mean (smallest-largest) over rows"
+    yield "each model's share of the merge: mean (smallest-largest) over rows or columns"
     for index, model in enumerate(models, 1):
         yield f"  [{index}] {model}"
     for title, rows in share_groups(found):
@@ -182,12 +197,13 @@ def share_lines(found: Sequence[ShareStatistics], models: Sequence[str]) -> Iter
 def share_groups(found: Iterable[ShareStatistics]) -> Iterator[tuple[str, list[ShareStatistics]]]:
     """Governed tensors of the same kind, layer by layer, and what they are."""
     governed = [one for one in found if one.output]
-    for (_output, layout), group in groupby(
-        governed, key=lambda one: (name_template(one.output), one.layout)
+    for (_output, layout, values), group in groupby(
+        governed, key=lambda one: (name_template(one.output), one.layout, one.values)
     ):
         rows = list(group)
         names = sorted({name_template(name.rpartition(".")[0]) for one in rows for name in one.tensors})
-        yield f"{_WEIGHTED[layout]} of {', '.join(names)}", rows
+        what = (values and _WITH_VALUES.get(layout)) or _WEIGHTED[layout]
+        yield f"{what} of {', '.join(names)}", rows
 
 
 def others_title(one: ShareStatistics) -> str:

@@ -22,7 +22,7 @@ class Survey:
         checkpoint: As the user named it.
         architecture: Its class.
         sites: Where mask nodes sit, and what they govern.
-        averaged: Tensors of its files that no mask node governs, and their shapes.
+        averaged: Tensors of its files that no mask node governs in any scheme, and their shapes.
         stored: Names of the tensors in its files.
         is_checked: Whether the model itself was looked at, not only the tensors' names.
     """
