@@ -100,8 +100,8 @@ class Shape:
 
     @property
     def governed(self) -> int:
-        """Tensors whose rows mask nodes weigh: query, key, and all but the last matrix of an FFN; experts' are fused."""
-        return self.layers * (2 + self.matrices - 1) + self.moe
+        """Tensors that a merge knows again: attention's four and the FFN's in every layer; experts' in two, gate and up in one."""
+        return self.layers * (4 + self.matrices) + 2 * self.moe
 
 
 def forward_flops(shape: Shape, tokens: int, length: int) -> int:
