@@ -62,7 +62,7 @@ def hardware(found: Mapping[str, Any], device: str = "cpu") -> str:
 
 def heading(part: str, found: Mapping[str, Any], device: str = "cpu") -> str:
     """A table's title: what it is of, and all that its figures hang on."""
-    torch, day = found["versions"]["torch"].partition("+")[0], found["date"][:10]
+    torch, day = found["versions"]["torch"].partition("+")[0], found["date"][:16].replace("T", " ")
     return f"{part} ({hardware(found, device)}; torch {torch}; {day}; load before it {found['load_average'][0]:g})"
 
 

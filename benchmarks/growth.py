@@ -221,25 +221,30 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def measured(name: str, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """The points of any curve."""
+    if name in CURVES:
+        return pre_pass_curve(name, options.points, options.device)
+    if name in MERGED:
+        return merge_curve(name, options.points, work)
+    return command_curve(options.points, options.device, work)
+
+
 def main() -> None:
     options = parse_options()
     record: dict[str, Any] = {"environment": environment(), "device": "cpu", "curves": {}}
+    out = options.json
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         for name in options.only:
-            if name in CURVES:
-                points = pre_pass_curve(name, options.points, options.device)
-                record["device"] = points[0]["device"]
-            elif name in MERGED:
-                points = merge_curve(name, options.points, Path(folder))
-            else:
-                points = command_curve(options.points, options.device, Path(folder))
-            record["curves"][name] = points
+            points = record["curves"][name] = measured(name, options, Path(folder))
+            record["device"] = points[0].get("device", record["device"])
+            place = file_name(hardware(record["environment"], record["device"]))
+            out = options.json or RESULTS / f"growth-{place}.json"
+            out.write_text(
+                json.dumps(record, indent=1) + "\n"
+            )  # What is measured stays, if the rest is broken off.
+            print(f"{name}: {len(points)} points", flush=True)
     print("\n\n".join(f"{title}:\n\n{table}" for title, table in markdown(record).items()))
-    out = (
-        options.json
-        or RESULTS / f"growth-{file_name(hardware(record['environment'], record['device']))}.json"
-    )
-    out.write_text(json.dumps(record, indent=1) + "\n")
     if options.picture:
         draw(record, options.picture)
     print(f"\nWritten to {out}; python -m tests.test_figures puts what is in {RESULTS} into the pages")

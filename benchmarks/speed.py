@@ -5,7 +5,7 @@
 
 Prints ratios beside their targets, and writes them as JSON. The parts: ``pre-pass``, on a random classifier of each
 BERT shape and random text, or on a checkpoint and data of yours; ``merge``, of random bfloat16 checkpoints in shards;
-``start``, of processes. Everything is measured in processes of their own. Needs a POSIX system, and room for all
+``start``, of processes; ``growth``, the exponents of the first points of growth.py's curves. Everything is measured in processes of their own. Needs a POSIX system, and room for all
 checkpoints and two that are as large; TMPDIR says where, OMP_NUM_THREADS how many threads.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment, file_name, hardware, heading
+from growth import exponents, pre_pass_curve
 from processes import help_runs, import_runs, memory_runs, merge_runs, run_script
 from ratios import MIB, Row, from_record, full_fisher_rows, memory_rows, merge_rows, pre_pass_rows, start_rows
 
@@ -38,6 +39,9 @@ PROCESSES = 20
 
 MERGE_SAMPLES = 2
 """Samples that the sidecars of merges are measured on: no merge's cost depends on their number."""
+
+POINTS = 3
+"""Of the curves that are a part of this."""
 
 MOST_MERGES = 3
 """Merges are repeated this often at most."""
@@ -113,10 +117,31 @@ def start_tables(options: argparse.Namespace, work: Path) -> Tables:
     }
 
 
+def growth_tables(options: argparse.Namespace, work: Path) -> Tables:
+    """Whether time and memory grow no faster than they must, as far as a few small points tell."""
+    curves = {
+        name: pre_pass_curve(name, POINTS, options.device) for name in ("samples", "layers, --recompute")
+    }
+    rows = [
+        Row(file_name(name, what), f"{what} by {name}, exponent", [value], "fitted", unit="", target=aim)
+        for name, what, value, aim in exponents(curves)
+        if aim is not None
+    ]
+    yield {
+        "part": "Growth",
+        "case": f"{POINTS} points of each curve",
+        "device": curves["samples"][0]["device"],
+        "conditions": {},
+        "rows": [row.record() for row in rows],
+        "raw": curves,
+    }
+
+
 PARTS: Mapping[str, Callable[[argparse.Namespace, Path], Tables]] = {
     "pre-pass": pre_pass_tables,
     "merge": merge_tables,
     "start": start_tables,
+    "growth": growth_tables,
 }
 
 
@@ -145,7 +170,7 @@ def _cell(row: Row) -> str:
 
 
 def print_table(table: Mapping[str, Any]) -> None:
-    print(f"\n{table['part']}, {table['case']}, on {table['device']}")
+    print(f"\n{table['part']}, {table['case']}, on {table['device']}", flush=True)
     for row in map(from_record, table["rows"]):
         print(f"  {row.title:72}{row.shown:>26}{row.aim:>10}  {row.verdict}".rstrip())
         print(f"      {row.detail}")
@@ -209,16 +234,17 @@ def destination(options: argparse.Namespace, found: Mapping[str, Any], device: s
 def main() -> None:
     options = parse_options()
     record: dict[str, Any] = {"environment": environment(), "tables": []}
+    device, out = "cpu", options.json
     with tempfile.TemporaryDirectory(prefix="speed-") as folder:
         for part in options.only:
             for table in PARTS[part](options, Path(folder)):
                 print_table(table)
                 record["tables"].append(table)
+                device = table["device"] if device == "cpu" else device
+                out = options.json or destination(options, record["environment"], device)
+                out.write_text(json.dumps(record, indent=1) + "\n")  # It stays, if the rest is broken off.
     short = [f"  {line}" for line in short_of(record["tables"])]
     print("\nFalls short:", "\n".join(["", *short]) if short else "nothing")
-    devices = [table["device"] for table in record["tables"] if table["device"] != "cpu"]
-    out = options.json or destination(options, record["environment"], next(iter(devices), "cpu"))
-    out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nWritten to {out}; python -m tests.test_figures puts what is in {RESULTS} into the pages")
 
 

@@ -48,7 +48,7 @@ def test_the_benchmark_measures_every_row_and_both_ways_agree(tmp_path: Path) ->
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, str(SPEED), "--checkpoint", str(checkpoint), "--data", str(data), "--merge-gib", "0",
-         "--samples", "6", "--repeats", "1", "--device", "cpu", "--merge-models", "3", "--json", str(out)],
+         "--samples", "6", "--repeats", "1", "--device", "cpu", "--merge-models", "3", "--only", "pre-pass,merge,start", "--json", str(out)],
         # At this size, threads only wait for each other.
         env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -99,7 +99,7 @@ def test_a_table_names_its_hardware_and_what_falls_short() -> None:
     base_rows = [time([1.04], ""), full([60.0], "")]
     record = record_of("cpu", ("tiny", tiny_rows), ("base", base_rows))
     assert speed.markdown(record) == {
-        "Pre-pass (Intel Xeon @ 2.50GHz, 2 threads; torch 2.13.0; 2026-11-27; load before it 0.5)": (
+        "Pre-pass (Intel Xeon @ 2.50GHz, 2 threads; torch 2.13.0; 2026-11-27 14:20; load before it 0.5)": (
             "|      | target  | tiny                              | base  |\n"
             "| ---- | ------- | --------------------------------- | ----- |\n"
             "| time | <= 1.05 | 1.100 [1.000, 1.200]: falls short | 1.040 |\n"
@@ -121,6 +121,27 @@ def test_runs_do_not_overwrite_each_other(tmp_path: Path) -> None:
     assert names[-1] == "speed-nvidia-h200-tiny-base.json"
 
 
+def test_the_part_of_growth_has_the_exponents_with_a_target(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    speed = benchmark("speed")
+
+    def curve(name: str, most: int, device: str) -> list[dict[str, Any]]:
+        return [
+            {"x": x, "wall": [x], "memory": x**2, "flops": x, "device": device}
+            for x in (1.0, 2.0, 4.0)[:most]
+        ]
+
+    monkeypatch.setattr(speed, "pre_pass_curve", curve)
+    (table,) = speed.growth_tables(speed.parse_options(["--device", "cpu"]), tmp_path)
+    assert [(row["title"], round(row["value"], 6), row["verdict"]) for row in table["rows"]] == [
+        ("time by samples, exponent", 1.0, "met"),
+        ("memory by samples, exponent", 2.0, "falls short"),
+        ("time by layers, --recompute, exponent", 1.0, "met"),
+        ("memory by layers, --recompute, exponent", 2.0, "falls short"),
+    ]
+
+
 def test_the_goal_of_the_full_fisher_is_a_gpus() -> None:
     seconds = {"wall": [2.0], "processor": [2.0], "share": 0.5}
     ways = ("exact_full_fisher", "full_fisher", "exact_diagonal", "diagonal", "explicit_masks")
@@ -139,7 +160,7 @@ def test_the_goal_of_the_full_fisher_is_a_gpus() -> None:
 @pytest.mark.parametrize(("options", "says"), [
     (["--data", "data.jsonl"], "--data needs a --checkpoint"),
     (["--merge-models", "1"], "--merge-models must be at least 2"),
-    (["--only", "prepass"], "prepass is none of pre-pass, merge, start"),
+    (["--only", "prepass"], "prepass is none of pre-pass, merge, start, growth"),
     (["--shapes", "huge"], "huge is none of tiny, base, large"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(

@@ -13,8 +13,9 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit import method
+from fisher_mask_mergekit import method, recognition
 from fisher_mask_mergekit.merging import MergeError, compute_command
+from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from fisher_mask_mergekit.sites import name_template
 from fisher_mask_mergekit.weighting import merge_rows
@@ -65,6 +66,29 @@ def by_hand(inputs: Inputs, name: str, weights: list[float]) -> Tensor:
         fisher = weight * fisher.reshape(-1, *[1] * (value.ndim - 1))
         top, bottom = top + fisher * value, bottom + fisher
     return top / bottom
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_sidecar_is_read_once_and_a_tensor_looked_at_once(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = Inputs(tmp_path, count=count)
+    reads: list[Path] = []
+    probes: list[Tensor] = []
+
+    def counted_read(path: Path) -> Sidecar:
+        reads.append(path)
+        return read(path)
+
+    def counted_probe(tensor: Tensor) -> Tensor:
+        probes.append(tensor)
+        return probe(tensor)
+
+    monkeypatch.setattr(method, "read", counted_read)
+    monkeypatch.setattr(recognition, "probe", counted_probe)
+    inputs.merge()
+    assert sorted(map(str, reads)) == sorted(inputs.paths)
+    assert len(probes) == count * len(inputs.sidecars[0].governed)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
