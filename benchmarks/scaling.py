@@ -123,18 +123,20 @@ def sidecar_bytes(shape: Shape) -> int:
 def kept_bytes(shape: Shape, tokens: int, *, recompute: bool = False) -> int:
     """What autograd keeps of a batch of so many tokens until the backward pass, weights in bfloat16.
 
-    Per token: both norms' inputs in float32, q, k, v, attention's output, the FFN's gate, up and activation; and the
-    logits in float32. With ``recompute``, every layer's input and one layer's whole.
+    Per token: both norms' inputs in float32, q, k, v (but the first layer's), attention's output, the FFN's gate, up and
+    activation; and the log-probabilities in float32. With ``recompute``, every layer's input, one layer's whole, and the last
+    norm's input.
     """
     inner = (shape.layers - shape.moe) * shape.dense + shape.moe * (
         shape.chosen * shape.expert + shape.shared
     )
-    kept_matrices = 3 if shape.matrices == 3 else 2
-    norms, ffn = 2 * WIDE * shape.hidden, kept_matrices * WEIGHT * inner
-    attention = WEIGHT * (shape.projected + shape.width)
-    layers = shape.layers * (norms + attention) + ffn
+    norms, ffn = 2 * WIDE * shape.hidden, shape.matrices * WEIGHT * inner
+    whole = shape.layers * (norms + WEIGHT * (shape.projected + shape.width)) + ffn
     if recompute:
-        layers = shape.layers * WEIGHT * shape.hidden + ceil(layers / shape.layers)
+        inputs = (shape.layers - 1) * WEIGHT * shape.hidden + WIDE * shape.hidden
+        layers = inputs + ceil(whole / shape.layers)
+    else:
+        layers = whole - WEIGHT * shape.projected
     return tokens * (layers + WIDE * shape.vocabulary)
 
 
