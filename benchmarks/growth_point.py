@@ -63,9 +63,11 @@ class Point:
 
     @property
     def flops(self) -> int:
-        """Of the forward pass and the activation-only backward pass; a classifier's head is as good as nothing."""
+        """Of forward and activation-only backward pass, and of layers that run again; a classifier's head is as good as nothing."""
         shape, tokens = self.shape, self.samples * self.length
-        return forward_flops(shape, tokens, self.length) + backward_flops(shape, tokens, self.length)
+        forward = forward_flops(shape, tokens, self.length)
+        again = forward * (self.layers - 1) // self.layers if self.recompute else 0
+        return forward + backward_flops(shape, tokens, self.length) + again
 
 
 def random_model(point: Point, device: torch.device) -> nn.Module:

@@ -123,7 +123,7 @@ def growth_tables(options: argparse.Namespace, work: Path) -> Tables:
         name: pre_pass_curve(name, POINTS, options.device) for name in ("samples", "layers, --recompute")
     }
     rows = [
-        Row(file_name(name, what), f"{what} by {name}, exponent", [value], "fitted", unit="", target=aim)
+        Row(file_name(name, what), f"{name}: exponent of {what}", [value], "fitted", unit="", target=aim)
         for name, what, value, aim in exponents(curves)
         if aim is not None
     ]

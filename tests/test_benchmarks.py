@@ -135,10 +135,10 @@ def test_the_part_of_growth_has_the_exponents_with_a_target(
     monkeypatch.setattr(speed, "pre_pass_curve", curve)
     (table,) = speed.growth_tables(speed.parse_options(["--device", "cpu"]), tmp_path)
     assert [(row["title"], round(row["value"], 6), row["verdict"]) for row in table["rows"]] == [
-        ("time by samples, exponent", 1.0, "met"),
-        ("memory by samples, exponent", 2.0, "falls short"),
-        ("time by layers, --recompute, exponent", 1.0, "met"),
-        ("memory by layers, --recompute, exponent", 2.0, "falls short"),
+        ("samples: exponent of time", 1.0, "met"),
+        ("samples: exponent of memory", 2.0, "falls short"),
+        ("layers, --recompute: exponent of memory", 2.0, "falls short"),
+        ("layers, --recompute: exponent of time by FLOPs", 1.0, "met"),
     ]
 
 

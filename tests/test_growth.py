@@ -35,6 +35,13 @@ def test_flops_are_as_many_times_as_there_are_samples_and_nearly_layers(changed:
     assert_close(more.flops / point.flops, 8.0, rtol=0.3 if changed == "layers" else 0, atol=0)
 
 
+def test_layers_that_run_again_are_counted() -> None:
+    growth_point, scaling = benchmark("growth_point"), benchmark("scaling")
+    point = growth_point.Point(**POINT)
+    again = dataclasses.replace(point, recompute=True).flops - point.flops
+    assert again == scaling.forward_flops(point.shape, 5 * 8, 8) // 2  # One of two layers.
+
+
 def curves() -> dict[str, list[dict[str, Any]]]:
     straight = [
         {"x": x, "wall": [3.0 * x, 3.0 * x, 99.0], "processor": [x], "memory": 4e6, "flops": 1e9 * x**2}
