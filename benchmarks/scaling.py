@@ -180,19 +180,22 @@ class Assumptions:
 GPUS = (1, 8, 64)
 
 
-def seconds(shape: Shape, given: Assumptions, gpus: int) -> tuple[float, bool]:
-    """How long the pre-pass takes once the weights are loaded, and whether they have to be moved in again for every batch.
+def seconds(shape: Shape, given: Assumptions, gpus: int) -> tuple[float, str]:
+    """How long the pre-pass takes once the weights are loaded, and what it takes to fit: nothing, ``--recompute``, or moving the weights.
 
     Computing and moving go on at the same time; the longer counts.
     """
     tokens = given.samples * given.length
-    flops = forward_flops(shape, tokens, given.length) + backward_flops(shape, tokens, given.length)
-    computing = flops / (gpus * given.peak * given.share)
-    needed = WEIGHT * shape.parameters / gpus + kept_bytes(shape, given.batch, recompute=True)
-    if needed <= given.device_bytes:
-        return computing, False
+    forward = forward_flops(shape, tokens, given.length)
+    weights, rate = WEIGHT * shape.parameters / gpus, gpus * given.peak * given.share
+    computing = (forward + backward_flops(shape, tokens, given.length)) / rate
+    if weights + kept_bytes(shape, given.batch) <= given.device_bytes:
+        return computing, ""
+    computing += forward / rate
+    if weights + kept_bytes(shape, given.batch, recompute=True) <= given.device_bytes:
+        return computing, " (--recompute)"
     rounds = ceil(tokens / given.batch / gpus)
-    return max(computing, rounds * 2 * WEIGHT * shape.parameters / gpus / given.link), True
+    return max(computing, rounds * 2 * weights / given.link), " (weights moved)"
 
 
 def markdown(record: Mapping[str, Any]) -> dict[str, str]:
@@ -212,7 +215,7 @@ def markdown(record: Mapping[str, Any]) -> dict[str, str]:
         )
         timed = [seconds(one, given, count) for count in GPUS]
         loading = WEIGHT * one.parameters / given.disk
-        cells = [_time(took) + " (weights moved)" * moved for took, moved in timed]
+        cells = [_time(took) + how for took, how in timed]
         work.append([one.name, f"{sample / given.length / 1e9:,.0f}", _time(loading), *cells])
         read = given.models * WEIGHT * one.parameters
         took = (read + read / given.models) / given.disk
