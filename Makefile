@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench growth clean
 
 help:
 	@echo "make demo   a real merge in a few minutes: train, measure, merge, compare (needs no network after set-up)"
 	@echo "make test   lint, type check and the test suite"
-	@echo "make bench  the benchmarks, on a small checkpoint made on the spot (CHECKPOINT=folder for another)"
+	@echo "make bench  every ratio beside its target, on models made on the spot: about 25 minutes on 2 cores (BENCH='--only start' for less)"
+	@echo "make growth how time and memory grow: about 15 minutes on 2 cores"
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +29,10 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 bench: $(BIN)/.installed
-	$(BIN)/python benchmarks/speed.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+	$(BIN)/python benchmarks/speed.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(BENCH)
+
+growth: $(BIN)/.installed
+	$(BIN)/python benchmarks/growth.py --picture docs/growth.png $(GROWTH)
 
 clean:
 	rm -rf $(VENV) demo build dist

@@ -1,7 +1,7 @@
 """What the benchmark works on: checkpoints of one shape, text to measure on, and their sidecars.
 
-    python benchmarks/inputs.py WORK [--checkpoint FOLDER] [--data FILE] [--samples N] [--gib N] [--models M]
-                                [--device D]
+    python benchmarks/inputs.py WORK [--checkpoint FOLDER] [--data FILE] [--samples N] [--config JSON] [--gib N]
+                                [--models M] [--mask M] [--diagonal M] [--device D]
 
 Makes WORK/model1 to WORK/modelM and, where no data is given, WORK/data.jsonl. The given checkpoint is linked,
 never written to. Prints a line of JSON.
@@ -9,6 +9,7 @@ never written to. Prints a line of JSON.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ SHARDS = 4
 """Files, about, of a checkpoint whose size was asked for; its weights are bfloat16."""
 
 
-def bert_config(gib: float | None) -> BertConfig:
-    """BERT-base's shape; or, for a wanted size of bfloat16 weights, wider and as deep as it takes."""
+def bert_config(changes: Mapping[str, Any], gib: float | None) -> BertConfig:
+    """BERT-base's shape, changed; or, for a wanted size of bfloat16 weights, wider and as deep as it takes."""
     wider: dict[str, Any] = {}
     if gib is not None:
         hidden = 2048
@@ -54,17 +55,18 @@ def bert_config(gib: float | None) -> BertConfig:
             "intermediate_size": 4 * hidden,
             "num_hidden_layers": max(1, layers),
         }
-    return BertConfig(vocab_size=VOCABULARY, num_labels=2, **wider)
+    return BertConfig(**{"vocab_size": VOCABULARY, "num_labels": 2, **wider, **changes})
 
 
-def random_classifier(folder: Path, gib: float | None = None) -> None:
+def random_classifier(folder: Path, changes: Mapping[str, Any], gib: float | None) -> None:
     """A complete BERT classifier with random weights and a word-level tokenizer."""
     torch.manual_seed(0)
     dtype = torch.float32 if gib is None else torch.bfloat16
-    model = AutoModelForSequenceClassification.from_config(bert_config(gib)).to(dtype)
+    config = bert_config(changes, gib)
+    model = AutoModelForSequenceClassification.from_config(config).to(dtype)
     save(model, folder, gib)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = special + [f"w{index}" for index in range(len(special), VOCABULARY)]
+    words = special + [f"w{index}" for index in range(len(special), config.vocab_size)]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(
@@ -121,14 +123,17 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--config", type=json.loads, default={}, help="changes of BERT-base's configuration")
     parser.add_argument("--gib", type=float)
-    parser.add_argument("--models", type=int, default=2)
+    parser.add_argument("--models", type=int, default=1)
+    parser.add_argument("--mask", type=int, default=0, help="how many of them get a sidecar of mask nodes")
+    parser.add_argument("--diagonal", type=int, default=0, help="how many get one of every parameter")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     logging.disable_progress_bar()
     first, *others = folders = [options.work / f"model{number}" for number in range(1, options.models + 1)]
     if options.checkpoint is None:
-        random_classifier(first, options.gib)
+        random_classifier(first, options.config, options.gib)
     else:
         link(options.checkpoint, first)
     for seed, folder in enumerate(others, 1):
@@ -138,12 +143,13 @@ def main() -> None:
         data = options.work / "data.jsonl"
         random_text(data, first, options.samples)
     device = pick_device(None if options.device == "auto" else options.device)
-    kinds: tuple[Kind, ...] = ("mask", "diagonal")
-    for kind in kinds:
+    wanted: dict[Kind, int] = {"mask": options.mask, "diagonal": options.diagonal}
+    for kind, count in wanted.items():
         settings = FisherSettings(data=str(data.resolve()), samples=options.samples, kind=kind)
-        for folder in folders:
+        for folder in folders[:count]:
             compute(prepare(str(folder), settings), device)
-    sizes = [value.nbytes for file in others[-1].glob("*.safetensors") for value in load_file(file).values()]
+    files = folders[-1].glob("*.safetensors")
+    sizes = [value.nbytes for file in files for value in load_file(file).values()]
     made = {"data": str(data), "models": [str(folder) for folder in folders]}
     print(json.dumps(made | {"bytes": sum(sizes), "largest": max(sizes)}))
 

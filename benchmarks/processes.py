@@ -50,6 +50,12 @@ called = time.perf_counter()
 print(json.dumps([1e3 * (imported - started), 1e3 * (searched - imported), 1e3 * (called - searched)]))
 """
 
+# What the command mergekit-fisher runs.
+COMMAND = "import sys; sys.argv[0] = 'mergekit-fisher'; from fisher_mask_mergekit.cli import main; main()"
+
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Lets glibc give back at once what is freed: a resident set is then what is in use, and no gaps between."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -93,9 +99,9 @@ def run_python(arguments: Sequence[str], **environment: str) -> Finished:
     return Finished(last_line, seconds, usage.ru_utime + usage.ru_stime, peak)
 
 
-def run_script(name: str, *arguments: object) -> Any:
+def run_script(name: str, *arguments: object, **environment: str) -> Any:
     """What a script beside this one found."""
-    return json.loads(run_python([str(HERE / name), *map(str, arguments)]).last_line)
+    return json.loads(run_python([str(HERE / name), *map(str, arguments)], **environment).last_line)
 
 
 def taking_turns(names: Sequence[str], rounds: Iterable[int]) -> Iterator[tuple[int, str]]:
@@ -106,31 +112,33 @@ def taking_turns(names: Sequence[str], rounds: Iterable[int]) -> Iterator[tuple[
 
 
 def memory_runs(arguments: Sequence[object], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Peak memory of the pre-pass, of its lower bound and of the full diagonal, in bytes, see ``passes.py``."""
-    names = ("pre_pass", "recompute", "lower_bound", "diagonal")
-    order = list(taking_turns(names, range(repeats)))
+    """Peak memory of the pre-pass, of its lower bound and, once, of the full diagonal, in bytes, see ``passes.py``."""
+    names = ("pre_pass", "recompute", "lower_bound")
+    order = ["diagonal", *(name for _, name in taking_turns(names, range(repeats)))]
     with ThreadPoolExecutor(2) as pool:  # Nothing is timed here, and memory does not mind a neighbour.
         found = list(
-            pool.map(lambda turn: run_script("passes.py", "memory", *arguments, "--run", turn[1]), order)
+            pool.map(lambda name: run_script("passes.py", "memory", *arguments, "--run", name), order)
         )
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for (_, name), one in zip(order, found, strict=True):
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in order}
+    for name, one in zip(order, found, strict=True):
         runs[name].append(one)
     return runs
 
 
-def merge_runs(checkpoints: Sequence[str], work: Path, repeats: int) -> dict[str, dict[str, list[float]]]:
+def merge_runs(
+    checkpoints: Sequence[str], work: Path, repeats: int, methods: Sequence[str], *, warm: bool
+) -> dict[str, dict[str, list[float]]]:
     """``mergekit-yaml`` on all checkpoints: seconds, processor seconds, seconds once imported, peak bytes.
 
-    ``linear`` is run as in a mergekit without the plug-in.
+    By these methods and by ``linear``, which is run as in a mergekit without the plug-in. If not ``warm``, each runs once
+    before, so that the files are in the cache.
     """
     runs: dict[str, dict[str, list[float]]] = {}
-    for method in ("fisher_mask", "fisher_diagonal", "linear"):
+    for method in (*methods, "linear"):
         models = [f"  - model: {checkpoint}\n    parameters: {{weight: 1}}\n" for checkpoint in checkpoints]
         (work / f"{method}.yml").write_text(f"merge_method: {method}\nmodels:\n{''.join(models)}")
         runs[method] = {"seconds": [], "processor": [], "seconds_once_imported": [], "peak": []}
-    # The first of each only fills the file cache; not worth its time where one run is all there is.
-    for number, method in taking_turns(list(runs), range(-1 if repeats > 1 else 0, repeats)):
+    for number, method in taking_turns(list(runs), range(0 if warm else -1, repeats)):
         out = work / "merged"
         finished = run_python(
             ["-P", "-c", MERGE, str(work / f"{method}.yml"), str(out)],
@@ -143,6 +151,16 @@ def merge_runs(checkpoints: Sequence[str], work: Path, repeats: int) -> dict[str
             runs[method]["seconds_once_imported"].append(float(finished.last_line))
             runs[method]["peak"].append(float(finished.peak))
     return runs
+
+
+def help_runs(count: int) -> dict[str, list[float]]:
+    """``mergekit-fisher --help``: seconds and processor seconds."""
+    run_python(["-P", "-c", COMMAND, "--help"], PYTHONDONTWRITEBYTECODE="")
+    finished = [run_python(["-P", "-c", COMMAND, "--help"]) for _ in range(count)]
+    return {
+        "seconds": [one.seconds for one in finished],
+        "processor": [one.processor for one in finished],
+    }
 
 
 def import_runs(count: int) -> dict[str, list[list[float]]]:

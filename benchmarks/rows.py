@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from speed import processor_name
+from environment import processor_name
 
 from fisher_mask_mergekit.evaluation.table import aligned
 from fisher_mask_mergekit.store import write_whole

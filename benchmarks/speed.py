@@ -1,327 +1,251 @@
-"""How fast and how lean the pre-pass, the merge and `import torch` are, against what they could be.
+"""How fast and how lean the pre-pass, the merge and what starts are, against what they could be.
 
-    python benchmarks/speed.py [--checkpoint FOLDER] [--data FILE] [--samples 128] [--repeats 5]
-                               [--device auto] [--merge-gib N] [--merge-models M] [--json OUT]
+    python benchmarks/speed.py [--only PARTS] [--shapes tiny,base,large] [--samples 128] [--repeats 5] [--device auto]
+                               [--checkpoint FOLDER] [--data FILE] [--merge-gib 1] [--merge-models 2,4,8] [--json OUT]
 
-Prints ratios beside their targets. Without a checkpoint, a random classifier of BERT-base's shape is made;
-without data, random text. ``--merge-gib`` merges random checkpoints of about that size instead, bfloat16 in shards.
-Everything is measured in processes of their own. Needs a POSIX system, and room for four copies of each checkpoint;
-TMPDIR says where, OMP_NUM_THREADS how many threads.
+Prints ratios beside their targets, and writes them as JSON. The parts: ``pre-pass``, on a random classifier of each
+BERT shape and random text, or on a checkpoint and data of yours; ``merge``, of random bfloat16 checkpoints in shards;
+``start``, of processes; ``growth``, the exponents of the first points of growth.py's curves. Everything is measured in processes of their own. Needs a POSIX system, and room for all
+checkpoints and two that are as large; TMPDIR says where, OMP_NUM_THREADS how many threads.
 """
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import import_runs, memory_runs, merge_runs, run_script
+from environment import environment, file_name, hardware, heading
+from growth import exponents, pre_pass_curve
+from processes import help_runs, import_runs, memory_runs, merge_runs, run_script
+from ratios import MIB, Row, from_record, full_fisher_rows, memory_rows, merge_rows, pre_pass_rows, start_rows
 
-MIB = 2**20
-IMPORTS = 20
-MERGE_SAMPLES = 8
-"""Samples that the sidecars for ``--merge-gib`` are measured on: no merge's cost depends on their number."""
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+"""BERT's, as the paper has them: what of BERT-base's configuration is otherwise."""
 
+PROCESSES = 20
+"""Of those that are timed as a whole."""
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table.
+MERGE_SAMPLES = 2
+"""Samples that the sidecars of merges are measured on: no merge's cost depends on their number."""
 
-    Attributes:
-        name: What is measured, for programs.
-        title: The same, for people.
-        value: A number in ``unit``.
-        unit: ``x`` for a ratio, or ``ms``; empty for a bare number.
-        target: The most it should be, if there is such a target.
-        detail: How it was measured, and how it varied.
-    """
+POINTS = 3
+"""Of the curves that are a part of this."""
 
-    name: str
-    title: str
-    value: float
-    unit: str
-    target: float | None
-    detail: str
+MOST_MERGES = 3
+"""Merges are repeated this often at most."""
 
-    @property
-    def verdict(self) -> str:
-        """Whether the target is met; empty if there is none."""
-        if self.target is None:
-            return ""
-        return "met" if self.value <= self.target else "FALLS SHORT"
+Tables = Iterator[dict[str, Any]]
 
 
-def ratios_of(tops: Sequence[float], bottoms: Sequence[float]) -> list[float]:
-    """Ratios of runs that were neighbours in time."""
-    return [top / bottom for top, bottom in zip(tops, bottoms, strict=False)]
+def pre_pass_tables(options: argparse.Namespace, work: Path) -> Tables:
+    """One for each shape, or for the checkpoint that is given."""
+    for shape in [""] if options.checkpoint else options.shapes:
+        folder = work / f"pre-pass-{shape}"
+        folder.mkdir()
+        how = ["--samples", options.samples, "--device", options.device]
+        made = run_script("inputs.py", folder, *given(options, shape), *how)
+        inputs = [made["models"][0], made["data"], *how]
+        timed = run_script("passes.py", "time", *inputs, "--repeats", options.repeats)
+        memory = memory_runs(inputs, min(options.repeats, MOST_MERGES))
+        rows = [*pre_pass_rows(timed), *memory_rows(memory), *full_fisher_rows(timed, shape)]
+        conditions = {name: value for name, value in timed.items() if name not in ("seconds", "disagreement")}
+        yield {
+            "part": "Pre-pass",
+            "case": f"BERT-{shape}, {options.samples} samples" if shape else options.checkpoint.name,
+            "device": timed["device"],
+            "conditions": conditions | {"data": options.data.name if options.data else "random text"},
+            "rows": [row.record() for row in rows],
+            "raw": {"passes": timed["seconds"], "memory": memory},
+        }
 
 
-def spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return "one run"
-    return f"median of {len(values)}, {min(values):.3g} to {max(values):.3g}"
+def given(options: argparse.Namespace, shape: str) -> list[object]:
+    """What ``inputs.py`` is to make a checkpoint of."""
+    found: list[object] = ["--checkpoint", options.checkpoint.resolve()] if options.checkpoint else []
+    found += ["--data", options.data.resolve()] if options.data else []
+    return found or ["--config", json.dumps(SHAPES[shape])]
 
 
-def pre_pass_rows(timed: dict[str, Any]) -> list[Row]:
-    """Row 1: the pre-pass against the least that one backward pass takes, and against one gradient per batch."""
-    rows = []
-    for name, title, way, other, target in (
-        ("pre_pass_over_lower_bound", "1  pre-pass / forward + activation-only backward, time", "pre_pass", "lower_bound", 1.05),
-        ("recompute_over_lower_bound", "1  pre-pass with --recompute / the same, time", "recompute", "lower_bound", 1.5),
-        ("pre_pass_over_batch_gradients", "1  pre-pass / the same with estimator batch, time", "pre_pass", "batch_gradients", 1.0),
-    ):  # fmt: skip
-        top, bottom = timed["seconds"][way], timed["seconds"][other]
-        ratios = ratios_of(top["wall"], bottom["wall"])
-        processor = statistics.median(ratios_of(top["processor"], bottom["processor"]))
-        seconds = [statistics.median(one["wall"]) for one in (top, bottom)]
-        detail = (
-            f"{spread(ratios)}; {seconds[0]:.3g} s and {seconds[1]:.3g} s; by processor time {processor:.3f}; "
-            f"{len(timed['batches'])} batch(es), the pre-pass's check for randomness included"
-        )
-        rows.append(Row(name, title, statistics.median(ratios), "x", target, detail))
-    return rows
+def merge_tables(options: argparse.Namespace, work: Path) -> Tables:
+    """One for each number of models; the baseline of every parameter, whose sidecars are twice the models, for the fewest."""
+    counts = sorted(options.merge_models)
+    of = ["--gib", options.merge_gib] if options.merge_gib else given(options, "base")
+    folder = work / "merge"
+    folder.mkdir()
+    sidecars = ["--mask", counts[-1], "--diagonal", counts[0], "--samples", MERGE_SAMPLES]
+    made = run_script("inputs.py", folder, *of, "--models", counts[-1], *sidecars, "--device", options.device)
+    for count in counts:
+        methods = ("fisher_mask", "fisher_diagonal") if count == counts[0] else ("fisher_mask",)
+        repeats = min(options.repeats, MOST_MERGES)
+        # Not worth its time where one run is all there is, or what is merged was merged before.
+        warm = repeats == 1 or count > counts[0]
+        runs = merge_runs(made["models"][:count], folder, repeats, methods, warm=warm)
+        rows = merge_rows(runs, count, made["bytes"], made["largest"])
+        yield {
+            "part": "Merge",
+            "case": f"{count} x {made['bytes'] / MIB:,.0f} MiB",
+            "device": "cpu",
+            "conditions": {"models": count, "bytes": made["bytes"], "largest_tensor": made["largest"]},
+            "rows": [row.record() for row in rows],
+            "raw": runs,
+        }
 
 
-def one_at_a_time_rows(timed: dict[str, Any]) -> list[Row]:
-    """Rows 2 and 3: how many times faster the pre-pass is than what is done a sample at a time."""
-    count = timed["samples"]
-    rows = []
-    for name, title, used in (
-        ("explicit_masks", "2  explicit masks, one sample at a time / pre-pass, time", count),
-        ("full_fisher", "3  full Fisher, data's labels / pre-pass, time", timed["full_fisher_samples"]),
-        (
-            "exact_full_fisher",
-            "3  full Fisher, expectation over labels / pre-pass, time",
-            timed["exact_full_fisher_samples"],
-        ),
-        ("diagonal", "3  full Fisher in batches, data's labels / pre-pass, time", count),
-        ("exact_diagonal", "3  full Fisher in batches, expectation over labels / pre-pass, time", count),
-    ):
-        seconds = [wall * count / used for wall in timed["seconds"][name]["wall"]]
-        ratios = ratios_of(seconds, timed["seconds"]["pre_pass"]["wall"])
-        how = f"{count} samples" if used == count else f"scaled to {count} samples from {used}"
-        labels = f", {timed['labels']} labels" if name.startswith("exact") else ""
-        processor = ratios_of(
-            [used_up * count / used for used_up in timed["seconds"][name]["processor"]],
-            timed["seconds"]["pre_pass"]["processor"],
-        )
-        detail = (
-            f"{spread(ratios)}; {statistics.median(seconds):.3g} s, {how}{labels}; "
-            f"by processor time {statistics.median(processor):.2f}"
-        )
-        rows.append(Row(f"{name}_over_pre_pass", title, statistics.median(ratios), "x", None, detail))
-    agreement = Row(
-        "disagreement_with_explicit_masks",
-        "2  explicit masks and pre-pass, largest difference of the values",
-        timed["disagreement"],
-        "",
-        1e-3,
-        f"relative to the largest value of the site; {timed['dtype']} weights",
-    )
-    return [rows[0], agreement, *rows[1:]]
-
-
-def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """Row 4: peak memory of the pre-pass, and of the full diagonal, against that of the lower bound."""
-    of = "device memory" if runs["pre_pass"][0]["of"] == "device" else "resident set"
-    rows = []
-    for way, name, title, without, target in (
-        ("pre_pass", "memory", "4  pre-pass / forward + activation-only backward, peak memory", 0, 1.05),
-        ("pre_pass", "memory_beyond_model", "4  the same, beyond what the loaded model takes", 1, None),
-        ("recompute", "memory", "4  pre-pass with --recompute / the same, peak memory", 0, None),
-        ("diagonal", "memory", "4  full Fisher in batches / the same, peak memory", 0, None),
-    ):
-        # At least a byte: on an idle high-water mark nothing is added.
-        used = [
-            [max(1, run["peak"] - without * run["before"]) for run in runs[one]]
-            for one in (way, "lower_bound")
-        ]
-        ratios = ratios_of(*used)
-        medians = " and ".join(f"{statistics.median(values) / MIB:,.0f}" for values in used)
-        rows.append(
-            Row(
-                f"{way}_{name}_over_lower_bound",
-                title,
-                statistics.median(ratios),
-                "x",
-                target,
-                f"{spread(ratios)}; {medians} MiB, {of}",
-            )
-        )
-    return rows
-
-
-def merge_rows(runs: dict[str, dict[str, list[float]]], made: dict[str, Any]) -> list[Row]:
-    """Row 5: mergekit-yaml with this package's methods against stock mergekit's linear."""
-    count, size, largest = len(made["models"]), made["bytes"], made["largest"]
-    on = f"{count} inputs of {size / MIB:,.0f} MiB, on the CPU, linear without the plug-in"
-    limit = 1.05 if size >= 1e9 else 1.1  # What starting takes weighs less in a large one.
-    rows = []
-    for method, name, title, target, unit, scale in (
-        ("fisher_mask", "seconds", "5  merge, fisher_mask / linear, time of mergekit-yaml", limit, "s", 1),
-        ("fisher_mask", "seconds_once_imported", "5  the same, once everything is imported", None, "s", 1),
-        ("fisher_mask", "peak", "5  merge, fisher_mask / linear, peak memory", limit, "MiB", MIB),
-        (
-            "fisher_diagonal",
-            "seconds",
-            "5  merge, fisher_diagonal / linear, time of mergekit-yaml",
-            None,
-            "s",
-            1,
-        ),
-        ("fisher_diagonal", "peak", "5  merge, fisher_diagonal / linear, peak memory", None, "MiB", MIB),
-    ):
-        used = [runs[one][name] for one in (method, "linear")]
-        ratios = ratios_of(*used)
-        medians = " and ".join(f"{statistics.median(values) / scale:,.4g}" for values in used)
-        detail = f"{spread(ratios)}; {medians} {unit}; {on}"
-        if name == "seconds":
-            processor = ratios_of(*(runs[one]["processor"] for one in (method, "linear")))
-            detail += f"; by processor time {statistics.median(processor):.3f}"
-        rows.append(
-            Row(f"merge_{method}_{name}_over_linear", title, statistics.median(ratios), "x", target, detail)
-        )
-    beyond = [
-        (top - bottom) / (count * largest)
-        for top, bottom in zip(runs["fisher_diagonal"]["peak"], runs["linear"]["peak"], strict=False)
-    ]
-    detail = (
-        f"{spread(beyond)}; the largest has {largest / MIB:,.0f} MiB; what is mapped from files is counted"
-    )
-    title = "5  the same, beyond linear's, in largest tensors of each input"
-    rows.append(Row("merge_fisher_diagonal_peak_beyond", title, statistics.median(beyond), "x", 1.0, detail))
-    return rows
-
-
-def import_rows(runs: dict[str, list[list[float]]]) -> list[Row]:
-    """Row 6: what the plug-in adds to `import torch`."""
-    on, off = [run[0] for run in runs["on"]], [run[0] for run in runs["off"]]
-    search, own = [run[1] for run in runs["off"]], [run[2] for run in runs["off"]]
-    medians, fastest = (statistics.median(on), statistics.median(off)), (min(on), min(off))
-    return [
-        Row(
-            "import_torch_milliseconds",
-            "6  import torch, longer than with TORCH_DEVICE_BACKEND_AUTOLOAD=0",
-            medians[0] - medians[1],
-            "ms",
-            1.0,
-            f"medians of {len(on)}: {medians[0]:,.1f} and {medians[1]:,.1f} ms, "
-            f"fastest {fastest[0]:,.1f} and {fastest[1]:,.1f}, slowest {max(on):,.1f} and {max(off):,.1f}",
-        ),
-        Row(
-            "import_torch_search_milliseconds",
-            "6  of that, torch's search for plug-ins, which it makes without any too",
-            statistics.median(search),
-            "ms",
-            None,
-            f"{spread(search)}, timed by itself",
-        ),
-        Row(
-            "import_torch_plug_in_milliseconds",
-            "6  of that, the plug-in: loading and calling its entry point",
-            statistics.median(own),
-            "ms",
-            1.0,
-            f"{spread(own)}, timed by itself",
-        ),
-    ]
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def conditions(timed: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
-    described = {name: value for name, value in timed.items() if name not in ("seconds", "disagreement")}
-    own = {"python": platform.python_version(), "fisher-mask-mergekit": version("fisher-mask-mergekit")}
-    return described | {
-        "checkpoint": options.checkpoint.name if options.checkpoint else "random, BERT-base's shape",
-        "data": options.data.name if options.data else "random text",
-        "repeats": options.repeats,
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "system": platform.system(),
-        "versions": timed["versions"] | own,
+def start_tables(options: argparse.Namespace, work: Path) -> Tables:
+    """What starts."""
+    count = PROCESSES if options.repeats > 1 else 1
+    imports, command = import_runs(count), help_runs(count)
+    yield {
+        "part": "Start",
+        "case": f"{count} processes",
+        "device": "cpu",
+        "conditions": {},
+        "rows": [row.record() for row in start_rows(imports, command)],
+        "raw": {"imports": imports, "help": command},
     }
 
 
-def print_table(rows: Sequence[Row], found: dict[str, Any]) -> None:
-    print(f"{'':72}{'measured':>12}{'target':>10}")
-    for row in rows:
-        value = f"{row.value:.1e}" if 0 < row.value < 0.01 else f"{row.value:.3f}"
-        target = "" if row.target is None else f"<= {row.target:g}"
-        print(f"{row.title:72}{value + ' ' + row.unit:>12}{target:>10}  {row.verdict}".rstrip())
-        print(f"       {row.detail}")
-    short = [f"  {row.title}" for row in rows if row.verdict == "FALLS SHORT"]
-    print("\nFalls short:", "\n".join(["", *short]) if short else "nothing")
-    print("\n" + "\n".join(f"{name}: {value}" for name, value in found.items()))
+def growth_tables(options: argparse.Namespace, work: Path) -> Tables:
+    """Whether time and memory grow no faster than they must, as far as a few small points tell."""
+    curves = {
+        name: pre_pass_curve(name, POINTS, options.device) for name in ("samples", "layers, --recompute")
+    }
+    rows = [
+        Row(file_name(name, what), f"{name}: exponent of {what}", [value], "fitted", unit="", target=aim)
+        for name, what, value, aim in exponents(curves)
+        if aim is not None
+    ]
+    yield {
+        "part": "Growth",
+        "case": f"{POINTS} points of each curve",
+        "device": curves["samples"][0]["device"],
+        "conditions": {},
+        "rows": [row.record() for row in rows],
+        "raw": curves,
+    }
 
 
-def parse_options() -> argparse.Namespace:
+PARTS: Mapping[str, Callable[[argparse.Namespace, Path], Tables]] = {
+    "pre-pass": pre_pass_tables,
+    "merge": merge_tables,
+    "start": start_tables,
+    "growth": growth_tables,
+}
+
+
+def markdown(record: Mapping[str, Any]) -> dict[str, str]:
+    """For each part, a table of its ratios, one column per case, titled with what they were measured on."""
+    from fisher_mask_mergekit.evaluation.table import aligned  # Heavier than what measures may be.
+
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for table in record["tables"]:
+        parts.setdefault(heading(table["part"], record["environment"], table["device"]), []).append(table)
+    return {title: aligned(_cells(tables)) for title, tables in parts.items()}
+
+
+def _cells(tables: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    columns = [{row.title: row for row in map(from_record, table["rows"])} for table in tables]
+    lines = [["", "target", *(table["case"] for table in tables)]]
+    for title in dict.fromkeys(title for column in columns for title in column):
+        found = [column.get(title) for column in columns]
+        aim = next((row.aim for row in found if row is not None and row.aim), "")
+        lines.append([title, aim, *("" if row is None else _cell(row) for row in found)])
+    return lines
+
+
+def _cell(row: Row) -> str:
+    return f"{row.shown}: {row.verdict}" if row.verdict == "falls short" else row.shown
+
+
+def print_table(table: Mapping[str, Any]) -> None:
+    print(f"\n{table['part']}, {table['case']}, on {table['device']}", flush=True)
+    for row in map(from_record, table["rows"]):
+        print(f"  {row.title:72}{row.shown:>26}{row.aim:>10}  {row.verdict}".rstrip())
+        print(f"      {row.detail}")
+
+
+def short_of(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not as it should be."""
+    return [
+        f"{table['case']}: {row['title']}"
+        for table in tables
+        for row in table["rows"]
+        if row["verdict"] == "falls short"
+    ]
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, help="a sequence classifier's folder")
+    parser.add_argument("--only", type=several, default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--shapes", type=several, default=["tiny", "base"], help=f"of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a sequence classifier's folder, in place of the shapes"
+    )
     parser.add_argument("--data", type=Path, help="a .jsonl, .csv or .parquet file")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto", help="for the pre-pass; merges run on the CPU")
-    parser.add_argument("--merge-gib", type=float, help="merge random checkpoints of about this size")
-    parser.add_argument("--merge-models", type=int, default=2, help="how many are merged, at least 2")
+    parser.add_argument(
+        "--merge-gib", type=float, default=1.0, help="of each; 0 for copies of the checkpoint"
+    )
+    parser.add_argument("--merge-models", type=counts, default=[2, 4, 8], help="how many, each at least 2")
     parser.add_argument("--json", type=Path, help="where to write everything, raw measurements included")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    for chosen, known in ((options.only, PARTS), (options.shapes, SHAPES)):
+        if unknown := [one for one in chosen if one not in known]:
+            parser.error(f"{unknown[0]} is none of {', '.join(known)}")
     if options.data and not options.checkpoint:
         parser.error("--data needs a --checkpoint whose labels it has")
-    if options.merge_models < 2:
+    if min(options.merge_models) < 2:
         parser.error("--merge-models must be at least 2")
     return options
 
 
+def several(text: str) -> list[str]:
+    """What has commas between."""
+    return text.split(",")
+
+
+def counts(text: str) -> list[int]:
+    """Numbers with commas between."""
+    return [int(part) for part in several(text)]
+
+
+def destination(options: argparse.Namespace, found: Mapping[str, Any], device: str) -> Path:
+    """Where a run is written if nobody says: a file for each machine and choice of parts."""
+    chosen = [*options.only, *options.shapes] if options.only != list(PARTS) else options.shapes
+    return RESULTS / f"speed-{file_name(hardware(found, device), *chosen)}.json"
+
+
 def main() -> None:
     options = parse_options()
-    how = ["--samples", options.samples, "--device", options.device]
-    given = ["--checkpoint", options.checkpoint.resolve()] if options.checkpoint else []
-    given += ["--data", options.data.resolve()] if options.data else []
+    record: dict[str, Any] = {"environment": environment(), "tables": []}
+    device, out = "cpu", options.json
     with tempfile.TemporaryDirectory(prefix="speed-") as folder:
-        work = Path(folder)
-        models = ["--models", options.merge_models]
-        made = run_script("inputs.py", work, *given, *how, *([] if options.merge_gib else models))
-        inputs = [made["models"][0], made["data"], *how]
-        timed = run_script("passes.py", "time", *inputs, "--repeats", options.repeats)
-        memory = memory_runs(inputs, options.repeats)
-        if options.merge_gib:
-            work = work / "bigger"
-            work.mkdir()
-            how = ["--samples", MERGE_SAMPLES, "--device", options.device]
-            made = run_script("inputs.py", work, "--gib", options.merge_gib, *how, *models)
-        merges = merge_runs(made["models"], work, options.repeats)
-    imports = import_runs(IMPORTS if options.repeats > 1 else 1)
-    rows = [
-        *pre_pass_rows(timed),
-        *one_at_a_time_rows(timed),
-        *memory_rows(memory),
-        *merge_rows(merges, made),
-        *import_rows(imports),
-    ]
-    found = conditions(timed, options)
-    print_table(rows, found)
-    if options.json:
-        table = [asdict(row) | {"verdict": row.verdict} for row in rows]
-        raw = {"passes": timed["seconds"], "memory": memory, "merges": merges, "imports": imports}
-        report = {"conditions": found, "rows": table, "raw": raw}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        for part in options.only:
+            for table in PARTS[part](options, Path(folder)):
+                print_table(table)
+                record["tables"].append(table)
+                device = table["device"] if device == "cpu" else device
+                out = options.json or destination(options, record["environment"], device)
+                out.write_text(json.dumps(record, indent=1) + "\n")  # It stays, if the rest is broken off.
+    short = [f"  {line}" for line in short_of(record["tables"])]
+    print("\nFalls short:", "\n".join(["", *short]) if short else "nothing")
+    print(f"\nWritten to {out}; python -m tests.test_figures puts what is in {RESULTS} into the pages")
 
 
 if __name__ == "__main__":

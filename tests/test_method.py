@@ -14,8 +14,9 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit import method
+from fisher_mask_mergekit import method, recognition
 from fisher_mask_mergekit.merging import MergeError, compute_command
+from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
 from fisher_mask_mergekit.sites import Node, name_template
 from fisher_mask_mergekit.weighting import Normalize, merge_rows
@@ -85,6 +86,22 @@ def by_hand(
                     fisher.select(axis, place).fill_(own)
         top, bottom = top + weight * fisher * value, bottom + weight * fisher
     return top / bottom
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_every_tensor_of_every_model_is_looked_at_once(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = Inputs(tmp_path, count=count)
+    probes: list[Tensor] = []
+
+    def counted(tensor: Tensor) -> Tensor:
+        probes.append(tensor)
+        return probe(tensor)
+
+    monkeypatch.setattr(recognition, "probe", counted)
+    inputs.merge()
+    assert len(probes) == count * len(inputs.sidecars[0].governed)
 
 
 @pytest.mark.parametrize(("parameters", "scheme"), SCHEMES)
