@@ -164,12 +164,12 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
 def _join(device: str | None, store: dist.Store, rank: int, count: int) -> torch.device:
     from accelerate import PartialState
 
-    if device is not None and torch.device(device).index is not None:
+    asked = pick_device(device)
+    if device is not None and asked.index is not None:
         raise RecipeError(
-            f"device '{device}' is one for {count} processes; give --device {torch.device(device).type}, and each takes one "
-            "of its own"
+            f"device '{device}' is one for {count} processes; give --device {asked.type}, and each takes one of its own"
         )
-    kind = pick_device(device).type
+    kind = asked.type
     is_cpu = kind not in ("cuda", "xpu")
     backends = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
     with _contact():
