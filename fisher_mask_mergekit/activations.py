@@ -10,8 +10,8 @@ from torch.nn.functional import gelu, silu
 Product = Callable[[slice, Tensor], Tensor]
 """Some rows (along the first axis) of an activation times as many of a gradient, in float32 or wider."""
 
-_CHUNK = 2**20
-"""Elements that are multiplied at a time on a processor: few enough for a cache, but for many rows; elsewhere many times more."""
+_CHUNK = 2**18
+"""Elements that are multiplied at a time on a processor, whose cache they fit in; elsewhere many times more."""
 
 _REMADE: Mapping[str, Callable[[Any, slice], Tensor]] = {
     "GeluBackward0": lambda node, rows: gelu(node._saved_self[rows], approximate=node._saved_approximate),
@@ -55,7 +55,7 @@ def sums_over_tokens(product: Product, gradient: Tensor, samples: int) -> Tensor
         ``[B, D]``, in float32 or wider.
     """
     each, width = len(gradient) // samples, gradient.shape[-1]
-    chunk = _CHUNK if gradient.device.type == "cpu" else _CHUNK * 2**4
+    chunk = _CHUNK if gradient.device.type == "cpu" else _CHUNK * 2**6
     step = max(1, chunk * samples // max(1, gradient.numel()))
     sums = []
     for first in range(0, samples, step):
