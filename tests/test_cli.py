@@ -532,7 +532,8 @@ def test_where_memory_lacks_nothing_is_advised_that_would_be_refused(
 
 
 def test_ctrl_c_leaves_no_file(tmp_path: Path, model: Path) -> None:
-    data = tiny.write_data(tmp_path / "much.jsonl", rows=200000)
+    data = tiny.write_data(tmp_path / "much.jsonl", rows=2000)
+    data.write_text(data.read_text() * 100)
     process = subprocess.Popen(
         [Path(sys.executable).with_name("mergekit-fisher"), "compute", model, "--data", data,
          "--samples", "200000", "--batch-size", "2"],

@@ -80,7 +80,7 @@ def test_a_plain_import_of_torch_loads_nothing_heavy() -> None:
         ),
         ("merging", "('mergekit', 'typer', 'transformers', 'datasets.load')"),
         ("prepass", "('mergekit', 'typer', 'fisher_mask_mergekit.method')"),
-        ("cli", "('torch', 'transformers', 'datasets', 'mergekit', 'pydantic')"),
+        ("cli", "('torch', 'transformers', 'datasets', 'mergekit', 'pydantic', 'optuna', 'ruamel.yaml')"),
         ("recipe", "('torch', 'transformers', 'datasets', 'mergekit')"),
         ("preview.survey", "('mergekit', 'typer', 'datasets.load', 'fisher_mask_mergekit.prepass')"),
         ("weighting", "('mergekit', 'typer', 'transformers', 'datasets.load')"),

@@ -793,15 +793,3 @@ def test_an_untouched_normalize_is_not_written_down(tmp_path: Path) -> None:
     text = "merge_method: fisher_mask\nmodels: [{model: a}, {model: b}]\n"
     assert "parameters" not in changed(text, tmp_path, "none")
     assert changed(text, tmp_path)["parameters"] == {"normalize": "model"}
-
-
-def test_the_command_line_loads_nothing_heavy() -> None:
-    code = (
-        "import sys; import fisher_mask_mergekit.cli{}; "
-        "print([n for n in ('torch', 'optuna', 'ruamel', 'mergekit', 'transformers') if n in sys.modules])"
-    )
-    for more, loaded in (("", "[]"), (", fisher_mask_mergekit.tuning.tune, optuna", "['torch', 'optuna'")):
-        shown = subprocess.run(
-            [sys.executable, "-c", code.format(more)], capture_output=True, text=True, check=True
-        )
-        assert shown.stdout.strip().startswith(loaded)
