@@ -133,9 +133,8 @@ class _Run:
         try:
             return () if self._run(batch) else (batch,)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(batch.index) == 1 or not self.gradients.can_forget():
-                raise
-            if self.agree is not None:
+            may_halve = len(batch.index) > 1 and self.agree is None and self.gradients.can_forget()
+            if not is_out_of_memory(error) or not may_halve:
                 raise
             self.tally.too_large = batch.size
         return batch.halves()

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -209,8 +210,11 @@ def contact_within() -> Iterator[None]:
 
 
 def _lost(error: RuntimeError) -> ProcessError:
+    reason = re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[
+        0
+    ]  # Without where in gloo, and its advice.
     return ProcessError(
-        f"no contact to the other processes: {first_line(error)}; one of them ended, or its machine cannot be reached"
+        f"no contact to the other processes: {reason}; one of them ended, or its machine cannot be reached"
     )
 
 

@@ -42,7 +42,7 @@ def shard(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
 
-    _take_dtypes(bare, processes.told(whole and _dtypes(whole)))
+    _take_dtypes(bare, processes.told(None if whole is None else _dtypes(whole)))
     mesh = init_device_mesh(device.type, (processes.count,))
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     # A path without a number is no layer's, but that of a single matrix.
@@ -51,7 +51,8 @@ def shard(
         fully_shard(module, mesh=mesh, offload_policy=policy)
     bare.to_empty(device="cpu" if offload else device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(bare, dict(whole.state_dict()) if whole else {}, options=options)
+    state = {} if whole is None else dict(whole.state_dict())
+    set_model_state_dict(bare, state, options=options)
     _take_buffers(bare, whole, device)
     return bare
 
