@@ -47,7 +47,10 @@ class Gradients(Protocol):
         """
 
     def overflowed(self) -> bool:
-        """Whether what the backward passes since the forward pass gave is of no use, and another run may give better."""
+        """Whether what the backward passes since the forward pass gave is not finite, but may be with a smaller loss."""
+
+    def shrink_loss(self) -> None:
+        """From now on losses are multiplied by half of what they were, on their way back."""
 
     def keep(self) -> None:
         """What the backward passes since the forward pass gave counts."""
@@ -164,6 +167,7 @@ class _Run:
         for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
             self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
         if self.gradients.overflowed():
+            self.gradients.shrink_loss()
             return False
         loss, correct = float(losses.double().sum()), float(likelihood.correct().sum())
         self.gradients.keep()  # From here on nothing can fail: these samples count.
