@@ -115,8 +115,11 @@ class DiagonalGradients:
             self._add(name)
 
     def overflowed(self) -> bool:
-        """What a backward pass gave is in the sums."""
+        """What a backward pass gave is in the sums: no loss is scaled."""
         return False
+
+    def shrink_loss(self) -> None:
+        """Never asked for."""
 
     def keep(self) -> None:
         """Everything was added as it came."""

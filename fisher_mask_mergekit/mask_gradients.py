@@ -138,11 +138,12 @@ class MaskGradients:
             self.pending[key] = self.pending.get(key, 0) + total
 
     def overflowed(self) -> bool:
-        """Whether something pending is not finite, as is all that a number that overflowed leads to; halves the scale."""
-        if self.scale == 1 or all(bool(total.isfinite().all()) for total in self.pending.values()):
-            return False
+        """Whether something pending is not finite, as is all that a number that overflowed leads to."""
+        return self.scale > 1 and not all(bool(total.isfinite().all()) for total in self.pending.values())
+
+    def shrink_loss(self) -> None:
+        """Halve the scale."""
         self.scale /= 2
-        return True
 
     def keep(self) -> None:
         """Add what is pending to the sums; to the means for the batch estimator."""

@@ -51,7 +51,10 @@ class Gradients(Protocol):
         """
 
     def overflowed(self) -> bool:
-        """Whether what the backward passes since the forward pass gave is of no use, and another run may give better."""
+        """Whether what the backward passes since the forward pass gave is not finite, but may be with a smaller loss."""
+
+    def shrink_loss(self) -> None:
+        """From now on losses are multiplied by half of what they were, on their way back."""
 
     def keep(self) -> None:
         """What the backward passes since the forward pass gave counts."""
@@ -159,6 +162,7 @@ class _Run:
         for outcomes, weight in _outcomes(likelihood, self.labels, self.seed):
             self.gradients.backward(likelihood.losses(outcomes).sum(), weight, again=self.labels == "exact")
         if self._anywhere(self.gradients.overflowed()):
+            self.gradients.shrink_loss()
             return False
         if not batch.counts:
             return True
