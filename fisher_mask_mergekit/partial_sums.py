@@ -77,7 +77,6 @@ class PartialSums(Generic[Key]):
         every: Seconds from one writing to the next, at least; more where writing takes long. 0: nothing is written, read
             or removed.
         say: Tells the user something.
-        clock: Seconds.
     """
 
     target: Path
@@ -86,11 +85,10 @@ class PartialSums(Generic[Key]):
     total: int
     every: float
     say: Callable[[str], None]
-    clock: Callable[[], float] = time.monotonic
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._next = self.clock() + self.every if self.every else math.inf
+        self._next = time.monotonic() + self.every if self.every else math.inf
 
     @property
     def path(self) -> Path:
@@ -122,7 +120,7 @@ class PartialSums(Generic[Key]):
             )
             return None
         try:
-            metadata, sums = _read(self.path, self.keys, most)
+            metadata, found = _read(self.path, most)
         except SidecarError as error:
             self.say(f"the sums of an interrupted run cannot be used, so this one begins anew: {error}")
             return None
@@ -132,7 +130,9 @@ class PartialSums(Generic[Key]):
         )
         fields = metadata.model_dump(include=_TALLIED)
         correct = math.nan if metadata.correct is None else metadata.correct
-        return Tally({self.keys[name]: total for name, total in sums.items()}, correct=correct, **fields)
+        # A name that nothing has is refused with what does not fit the model.
+        sums: dict[Any, Tensor] = {self.keys.get(name, name): total for name, total in found.items()}
+        return Tally(sums, correct=correct, **fields)
 
     def _check_request(self, metadata: PartialMetadata) -> None:
         then, now = metadata.request, self.request
@@ -157,11 +157,11 @@ class PartialSums(Generic[Key]):
             tally: It.
             check: Raises an error if what is measured has changed.
         """
-        if self.clock() < self._next:
+        if time.monotonic() < self._next:
             return
         request = (
             self.request
-        )  # Of files that are still as they were measured, which is looked at afterwards.
+        )  # First the digests of the files, then whether these are still what was loaded.
         check()
         metadata = PartialMetadata(
             format_version=FORMAT_VERSION,
@@ -170,7 +170,7 @@ class PartialSums(Generic[Key]):
             correct=None if math.isnan(tally.correct) else tally.correct,
             **{name: getattr(tally, name) for name in _TALLIED},
         )
-        started = self.clock()
+        started = time.monotonic()
         try:
             self._write(metadata, tally)
         except OSError as error:
@@ -179,7 +179,7 @@ class PartialSums(Generic[Key]):
                 f"cannot write {self.path}: {error.strerror or error}; measuring goes on, and begins anew if it is interrupted"
             )
             return
-        ended = self.clock()
+        ended = time.monotonic()
         self._next = ended + max(self.every, (ended - started) / _SHARE_OF_TIME)
 
     def remove(self) -> None:
@@ -208,7 +208,7 @@ def _shown(value: Any) -> str:
     return f"{text:.12}" if len(text) == 64 else f"{text:.80}"
 
 
-def _read(path: Path, keys: Mapping[str, Any], most: int) -> tuple[PartialMetadata, dict[str, Tensor]]:
+def _read(path: Path, most: int) -> tuple[PartialMetadata, dict[str, Tensor]]:
     """Read and check partial sums. They are not trusted: nothing in them is executed or used as a path.
 
     Raises:
@@ -235,10 +235,10 @@ def _read(path: Path, keys: Mapping[str, Any], most: int) -> tuple[PartialMetada
         raise SidecarError(f"{path} holds no partial sums: {first_line(error)}") from error
     metadata = parse(PartialMetadata, text, sums, path)
     for name, total in sums.items():
-        if name not in keys:
-            raise SidecarError(f"{path}: nothing in the checkpoint is called '{name:.100}'")
         if total.dtype not in (torch.float32, torch.float64) or not bool(
             (total.isfinite() & (total >= 0)).all()
         ):
-            raise SidecarError(f"{path}: {name} has values that are negative, not finite, or {total.dtype}")
+            raise SidecarError(
+                f"{path}: {name:.100} has values that are negative, not finite, or {total.dtype}"
+            )
     return metadata, {name: total.clone() for name, total in sums.items()}

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.shown import one_line
 
 Key = TypeVar("Key")
 
@@ -45,7 +46,7 @@ class Tally(Generic[Key]):
         for key, total in self.sums.items():
             if tuple(total.shape) != shapes.get(key):
                 raise MeasurementError(
-                    f"the sums to go on from do not fit the model: of {key} they are {list(total.shape)}, expected "
+                    f"the sums to go on from do not fit the model: of {one_line(str(key)):.100} they are {list(total.shape)}, expected "
                     f"{shapes.get(key, 'none')}; begin anew, with --force"
                 )
 

@@ -245,6 +245,15 @@ def test_other_rows_and_another_checkpoint_refuse_too(model: Path, data: Path) -
         measured(job_of(model, data))
 
 
+def test_a_checkpoint_of_another_shape_refuses_too(model: Path, data: Path) -> None:
+    measured(job_of(model, data), after=2)
+    tiny.checkpoint(model, num_hidden_layers=1)
+    with pytest.raises(
+        SidecarError, match=r": the checkpoint's config.json .*; the checkpoint's model.safetensors "
+    ):
+        measured(job_of(model, data))
+
+
 def test_a_checkpoint_that_changes_ends_a_run_at_once_and_leaves_no_sums(model: Path, data: Path) -> None:
     job = job_of(model, data)
     sizes: list[int] = []
@@ -283,7 +292,8 @@ def test_saves_no_more_often_than_asked_and_spends_little_time_on_it(
             written.append(now)
             now += 10
 
-    sums = Slow(data, dict, {}, 1000, 60, print, lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    sums = Slow(data, dict, {}, 1000, 60, print)
     for second in range(1000):
         now = max(now, float(second))
         sums.keep(partial_sums.Tally(samples=1), lambda: None)
@@ -326,7 +336,6 @@ def flipped(path: Path) -> None:
         (edited(lambda tensors: tensors[SITE].neg_()), f"{SITE} has values that are negative"),
         (edited(lambda tensors: tensors[SITE].fill_(float("nan"))), f"{SITE} has values that are negative, not finite"),
         (edited(lambda tensors: tensors.update({SITE: tensors[SITE].long()})), "or torch.int64"),
-        (edited(lambda tensors: tensors.update(more=torch.ones(1))), "nothing in the checkpoint is called 'more'"),
         (edited(len, lambda text: text.replace('"format_version":1', '"format_version":2')), "has format version 2"),
         (edited(len, lambda text: text.replace('"samples":', '"samples":9')), "metadata field '': Value error"),
         (edited(len, lambda text: text.replace('"total":', '"more":1,"total":')), "metadata field 'more': Extra inputs"),
@@ -355,6 +364,13 @@ def test_sums_of_another_shape_are_an_error(model: Path, data: Path, kind: str) 
         name = max(tensors)
         tensors[name] = tensors[name].expand(2, *tensors[name].shape).contiguous()
 
+    kept = partial_path(job.target).read_bytes()
+    edited(lambda tensors: tensors.update(more=torch.ones(1)))(partial_path(job.target))
+    with pytest.raises(
+        MeasurementError, match=r"do not fit the model: of more they are \[1\], expected none; begin"
+    ):
+        measured(job)
+    partial_path(job.target).write_bytes(kept)
     edited(widen)(partial_path(job.target))
     with pytest.raises(
         MeasurementError, match=r"do not fit the model: of .* are \[2, .* begin anew, with --force"
