@@ -24,7 +24,7 @@ from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, pro
 from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.shown import one_line
-from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Site
+from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Positive, Site
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.untrusted import (
     LONGEST_STRING,
@@ -64,7 +64,7 @@ class DataRecord(Record):
     text: tuple[str, ...]
     label: str | None
     label_map: dict[str, int]
-    rows: Count = Field(ge=1)
+    rows: Positive
     digest: str
     majority: float | None = Field(ge=0, le=1)
 
@@ -101,8 +101,8 @@ class Measurement(Record):
     settings: FisherSettings
     trust_remote_code: bool = False
     data: DataRecord
-    samples: Count = Field(ge=1)
-    max_length: Count = Field(ge=1)
+    samples: Positive
+    max_length: Positive
     truncated: Count
     accuracy: float | None = Field(ge=0, le=1)
     loss: float = Field(allow_inf_nan=False)

@@ -17,6 +17,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 Count = Annotated[int, Field(ge=0, le=2**40)]
 """Of heads, neurons, elements along an axis: no tensor has more."""
 
+# Not `Count = Field(ge=1)`: pydantic 2.10 takes a field that is written so for one that may be missing.
+Positive = Annotated[int, Field(ge=1, le=2**40)]
+"""Of samples, rows, tokens."""
+
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 Node = Literal["head_fisher", "kv_head_fisher", "neuron_fisher"]

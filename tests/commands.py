@@ -3,6 +3,7 @@
 Nothing that reads the environment is imported there: a command has the one that it is given, and its own entry point.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -66,6 +67,7 @@ def _become(request: dict[str, Any]) -> None:
     for number, file in enumerate(request["files"], 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    atexit.register(gc.unfreeze)  # Some libraries say at the end what was not freed.
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

@@ -169,6 +169,8 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
     ),
     "an extra field": (lambda t, m: m.update(colour="red"), "field 'colour': Extra inputs are not permitted"),
     "a missing field": (lambda t, m: m.pop("samples"), "field 'samples': Field required"),
+    "a missing limit": (lambda t, m: m.pop("max_length"), "field 'max_length': Field required"),
+    "missing rows": (lambda t, m: m["data"].pop("rows"), "field 'data.rows': Field required"),
     "a wrong setting": (lambda t, m: m["settings"].update(labels="any"), "field 'settings.labels'"),
     "a negative value": (lambda t, m: t[HEAD].fill_(-1), f"{HEAD} has values that are negative"),
     "a value that is not finite": (lambda t, m: t[HEAD].fill_(torch.inf), "negative or not finite"),
