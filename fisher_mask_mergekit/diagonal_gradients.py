@@ -1,4 +1,4 @@
-"""Squares of every sample's gradients, added while a backward pass goes by: hooks on all modules with parameters."""
+"""Every sample's gradients, summed as they are wanted while a backward pass goes by: hooks on all modules with parameters."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,17 +21,19 @@ from fisher_mask_mergekit.layer_gradients import (
     own_parameters,
     per_sample,
 )
+from fisher_mask_mergekit.summed import Summed
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
 @dataclass
 class DiagonalGradients:
-    """Hooks that add the squares of every sample's gradients, parameter by parameter, while they go by.
+    """Hooks that add up every sample's gradients, parameter by parameter, while they go by.
 
     Attributes:
         model: The model.
         parameters: What is measured.
+        summed: What is added of a gradient.
         tally: What was summed so far.
         samples: B of the forward pass.
         seen: If not None, gets what modules are given and give.
@@ -40,6 +42,7 @@ class DiagonalGradients:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
+    summed: Summed
     tally: Tally[str] = field(default_factory=Tally)
     samples: int = 1
     seen: Seen | None = None
@@ -185,45 +188,39 @@ class DiagonalGradients:
 
     @torch.no_grad()
     def _add(self, name: str) -> None:
-        """Add the squares of what arrived for a parameter; several runs' gradients of a sample are summed first."""
+        """Add what arrived for a parameter; several runs' gradients of a sample are summed first."""
         arrived = self._arrived.pop(name)
-        total, (call, _, gradient) = self._sum(name), arrived[0]
+        total, (call, own, gradient) = self._sum(name), arrived[0]
         with self._aside():
             if len(arrived) == 1 and call.kind == "embedding":
-                for sample, (rows, found) in enumerate(embedding_rows(call, gradient)):
-                    total.index_add_(0, rows, found.square() * self._factor(sample))
+                self.summed.add_rows(name, total, *embedding_rows(call, gradient), self._weight)
+                return
+            if len(arrived) == 1 and call.kind in ("linear", "transposed") and own == "weight":
+                self.summed.add_matrices(name, total, call, gradient, self._weight)
                 return
             several = [per_sample(*one) for one in arrived]
             if len(several) == 1 and isinstance(several[0], Tensor):
-                squares = several[0].square()
-                weight = 1 if self._weight is None else self._weight.reshape(-1, *[1] * total.ndim)
-                total += (squares * weight).sum(0)
+                self.summed.add(name, total, several[0], self._weight)
                 return
             for sample, parts in enumerate(zip(*several, strict=True)):
-                self._square(total, sum(parts[1:], start=parts[0]), sample)
+                factor = None if self._weight is None else self._weight[sample]
+                self.summed.add_one(name, total, sum(parts[1:], start=parts[0]), factor)
 
     @torch.no_grad()
     def _from_autograd(self, name: str, parameter: Tensor) -> None:
         """A parameter's gradient for a single sample."""
         assert parameter.grad is not None
-        total = self._sum(name)
-        self._square(total, parameter.grad.to(total.dtype), 0)
+        factor = None if self._weight is None else self._weight[0]
+        gradient = parameter.grad.to(wide_dtype(parameter))
+        self.summed.add_one(name, self._sum(name), gradient, factor)
         parameter.grad = None
-
-    def _square(self, total: Tensor, gradient: Tensor, sample: int) -> None:
-        other = gradient if self._weight is None else gradient * self._factor(sample)
-        total.addcmul_(gradient, other)
-
-    def _factor(self, sample: int) -> Tensor | float:
-        return 1.0 if self._weight is None else self._weight[sample]
 
     def _sum(self, name: str) -> Tensor:
         """What to add to."""
         self._added = True
         sums = self.tally.sums
         if name not in sums:
-            parameter = self.parameters[name]
-            sums[name] = torch.zeros_like(parameter, dtype=wide_dtype(parameter), requires_grad=False)
+            sums[name] = self.summed.zeros(name, self.parameters[name])
         return sums[name]
 
     @contextmanager

@@ -122,34 +122,41 @@ def per_sample(call: Call, name: str, gradient: Tensor) -> Iterable[Tensor]:
             product = product * factor.to(wide)
         return product.reshape(call.samples, -1, *shape).sum(1)
     if call.kind in ("linear", "transposed"):
-        return _matrices(call, gradient, wide)
+        return matrices(call, gradient)
     if call.kind == "embedding":
-        return _dense(call, gradient, wide, shape)
+        return _dense(call, gradient, shape)
     return _by_autograd(call, name, gradient, wide)
 
 
-def _matrices(call: Call, gradient: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+def matrices(call: Call, gradient: Tensor) -> Iterator[Tensor]:
+    """Every sample's gradient of the matrix of a linear module, one after the other."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
     rows = zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True)
     for given, backward in rows:
         x, g = given.flatten(0, -2).to(wide), backward.flatten(0, -2).to(wide)
         yield x.T @ g if call.kind == "transposed" else g.T @ x
 
 
-def embedding_rows(call: Call, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every sample, the rows of an embedding that it reads ``[U]`` and their gradients ``[U, D]``."""
+def embedding_rows(call: Call, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all rows of an embedding that samples read: the sample ``[U]``, the row ``[U]``, its gradient ``[U, D]``."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    for ids, backward in zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True):
-        rows, position = ids.flatten().unique(return_inverse=True)
-        found = backward.new_zeros(len(rows), backward.shape[-1], dtype=wide)
-        found.index_add_(0, position, backward.flatten(0, -2).to(wide))
-        if call.module.padding_idx is not None:
-            found[rows == call.module.padding_idx] = 0
-        yield rows, found
+    count = len(own_parameters(call.module)["weight"])
+    ids = call.args[0].reshape(call.samples, -1).long()
+    first = count * torch.arange(call.samples, device=ids.device)[:, None]
+    read, position = (ids + first).flatten().unique(return_inverse=True)
+    found = gradient.new_zeros(len(read), gradient.shape[-1], dtype=wide)
+    found.index_add_(0, position, gradient.flatten(0, -2).to(wide))
+    rows = read % count
+    if call.module.padding_idx is not None:
+        found[rows == call.module.padding_idx] = 0
+    return read // count, rows, found
 
 
-def _dense(call: Call, gradient: Tensor, wide: torch.dtype, shape: torch.Size) -> Iterator[Tensor]:
-    for rows, found in embedding_rows(call, gradient):
-        yield found.new_zeros(shape, dtype=wide).index_copy_(0, rows, found)
+def _dense(call: Call, gradient: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+    samples, rows, found = embedding_rows(call, gradient)
+    for sample in range(call.samples):
+        own = samples == sample
+        yield found.new_zeros(shape).index_copy_(0, rows[own], found[own])
 
 
 def _by_autograd(call: Call, name: str, gradient: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
