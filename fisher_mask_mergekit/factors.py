@@ -95,11 +95,10 @@ class Marginals:
     ) -> None:
         """A linear module's matrix, several samples at a time."""
         given, back = (value.reshape(call.samples, -1, value.shape[-1]) for value in (call.args[0], gradient))
-        left, right = (given, back) if call.kind == "transposed" else (back, given)
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        for part in _parts(left, right):
-            rows, columns = marginals(left[part].to(wide), right[part].to(wide))
-            sums = torch.cat((rows, columns), 1).to(total.dtype)
+        for part in _parts(given, back):
+            pair = [value.to(wide) for value in _reached(given[part], back[part])]
+            sums = torch.cat(marginals(*(pair if call.kind == "transposed" else pair[::-1])), 1).to(total.dtype)
             total[0] += (sums if weight is None else sums * weight[part, None]).sum(0)
 
     def add_rows(
@@ -119,12 +118,20 @@ class Marginals:
         total[0, self._splits[name].rows :] += squares.sum(0, dtype=total.dtype)
 
 
-def _parts(left: Tensor, right: Tensor) -> list[slice]:
+def _parts(one: Tensor, other: Tensor) -> list[slice]:
     """Samples to take at a time, at least one."""
-    _, tokens, rows = left.shape
-    each = tokens * max(rows, right.shape[2]) if _without(left, right) else rows * right.shape[2]
-    step = max(1, (_CHUNK if left.device.type == "cpu" else _CHUNK * 2**6) // max(1, each))
-    return [slice(first, first + step) for first in range(0, len(left), step)]
+    samples, tokens, width = one.shape
+    each = tokens * max(width, other.shape[2]) if _without(one, other) else width * other.shape[2]
+    step = max(1, (_CHUNK if one.device.type == "cpu" else _CHUNK * 2**6) // max(1, each))
+    return [slice(first, first + step) for first in range(0, samples, step)]
+
+
+def _reached(given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the tokens that no gradient reaches: padding, and of a last layer perhaps all but one."""
+    there = back.abs().amax((0, 2)).nonzero().flatten()
+    if len(there) == back.shape[1]:
+        return given, back
+    return given[:, there], back[:, there]
 
 
 def _without(left: Tensor, right: Tensor) -> bool:
