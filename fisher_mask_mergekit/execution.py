@@ -42,14 +42,14 @@ def check_options(settings: FisherSettings, batch_tokens: int | None, *, recompu
         raise RecipeError(
             "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
         )
-    if settings.kind == "diagonal" and recompute:
-        raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
+    if settings.kind != "mask" and recompute:
+        raise RecipeError(f"kind '{settings.kind}' keeps what every module is given; it takes no --recompute")
 
 
 def to_make_smaller(settings: FisherSettings) -> str:
     """What helps where memory lacks, of what :func:`check_options` lets pass."""
     size = "batch_size" if settings.estimator == "batch" else "--batch-tokens"
-    return f"{size} or max_length" + ("" if settings.kind == "diagonal" else ", --recompute")
+    return f"{size} or max_length" + (", --recompute" if settings.kind == "mask" else "")
 
 
 def batch_limits(

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import fsum, prod
 
 from torch import Tensor, nn
 
 from fisher_mask_mergekit.diagonal import check_finite, floating
 from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients
-from fisher_mask_mergekit.factors import Marginals, Split, row_axes
+from fisher_mask_mergekit.factors import Split
+from fisher_mask_mergekit.marginals import Marginals, row_axes
 from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.tally import Settle, Tally
@@ -39,6 +41,19 @@ class FactoredFisher:
     accuracy: float
     one_by_one: bool
 
+    @property
+    def mean(self) -> float:
+        """Over all elements of all parameters."""
+        sizes = {name: prod(shape) for name, shape in self.shapes.items()}
+        sums = (
+            float(self.fisher[name][:, : self.split(name).rows].mean()) * size for name, size in sizes.items()
+        )
+        return fsum(sums) / sum(sizes.values())
+
+    def split(self, name: str) -> Split:
+        """How a parameter's elements fall into matrices."""
+        return Split.of(self.shapes[name], self.axes[name])
+
 
 def factored_fisher(
     model: nn.Module,
@@ -59,9 +74,9 @@ def factored_fisher(
     of every parameter ``[R, C]``, with F what :func:`~fisher_mask_mergekit.diagonal.diagonal_fisher` measures, exactly.
     :math:`\hat F` is the matrix of rank one that is nearest to F in the generalised Kullback-Leibler divergence. A
     vector is C = 1: its values are F itself. Parameters of more axes are several matrices, see
-    :func:`~fisher_mask_mergekit.factors.row_axes`.
+    :func:`~fisher_mask_mergekit.marginals.row_axes`.
 
-    F is never made: see :class:`~fisher_mask_mergekit.factors.Marginals`. Hooks, samples that do not lie apart, and
+    F is never made: see :class:`~fisher_mask_mergekit.marginals.Marginals`. Hooks, samples that do not lie apart, and
     parameters that several runs share are those of the full diagonal.
 
     Args:

@@ -1,17 +1,12 @@
-"""A matrix of non-negative numbers by the means of its rows and of its columns, and the sums that these are made of."""
+"""Matrices of rank one: a tensor's Fisher information by the means of its rows and of its columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
-from fisher_mask_mergekit.layer_gradients import Call
-
-_CHUNK = 2**18
-"""Elements that are made at a time on a processor, whose cache they fit in; elsewhere many times more."""
+from fisher_mask_mergekit.blocks import Index
 
 
 @dataclass(frozen=True)
@@ -34,117 +29,76 @@ class Split:
         return self.groups, self.rows + self.columns
 
 
-def row_axes(model: nn.Module) -> dict[str, int]:
-    """By parameter, the axis that its rows lie along: the last but one; but of a convolution, the first."""
-    convolutions = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, _ConvNd)
-        for parameter in module.parameters(recurse=False)
-    }
-    return {
-        name: 0 if id(parameter) in convolutions else max(0, parameter.ndim - 2)
-        for name, parameter in model.named_parameters()
-    }
+@dataclass(frozen=True)
+class Factors:
+    """Two tensors whose product is a third, to whose shape they broadcast.
 
-
-class Marginals:
-    r"""Of their squares, only the sums over each row and over each column.
-
-    .. math:: r_i = \sum_j G_{ij}^2, \qquad c_j = \sum_i G_{ij}^2
-
-    A matrix's gradient :math:`G = \sum_t g_t x_t^T` over a sample's T tokens need not be made for them: with
-    :math:`K_{st} = x_s \cdot x_t` and :math:`L_{st} = g_s \cdot g_t`,
-
-    .. math:: r_i = \sum_{s,t} K_{st} \, g_{s,i} g_{t,i}, \qquad c_j = \sum_{s,t} L_{st} \, x_{s,j} x_{t,j}
-
-    which takes :math:`2 T^2 (R + C)` multiplications, where G takes :math:`T R C`. Whichever is less is done.
-
-    Args:
-        splits: Of all parameters.
+    Attributes:
+        rows: With an axis of 1 wherever it does not depend on it.
+        columns: Likewise.
     """
 
-    def __init__(self, splits: Mapping[str, Split]) -> None:
-        self._splits = splits
+    rows: Tensor
+    columns: Tensor
 
-    def zeros(self, name: str, parameter: Tensor) -> Tensor:
-        """Of the factors' shape; in float64, where the device has that."""
-        dtype = torch.float32 if parameter.device.type == "mps" else torch.float64
-        return torch.zeros(self._splits[name].packed, dtype=dtype, device=parameter.device)
-
-    def add(self, name: str, total: Tensor, gradients: Tensor, weight: Tensor | None) -> None:
-        """Several samples' gradients, which are small."""
-        squares = gradients.to(total.dtype).square()
-        if weight is not None:
-            squares = squares * weight.reshape(-1, *[1] * (squares.ndim - 1))
-        self._add_squares(name, total, squares.sum(0))
-
-    def add_one(self, name: str, total: Tensor, gradient: Tensor, weight: Tensor | None) -> None:
-        """A single sample's gradient."""
-        squares = gradient.square()
-        self._add_squares(name, total, squares if weight is None else squares.mul_(weight))
-
-    def _add_squares(self, name: str, total: Tensor, squares: Tensor) -> None:
-        split = self._splits[name]
-        squares = squares.reshape(split.groups, split.rows, split.columns)
-        total[:, : split.rows] += squares.sum(2)
-        total[:, split.rows :] += squares.sum(1)
-
-    def add_matrices(
-        self, name: str, total: Tensor, call: Call, gradient: Tensor, weight: Tensor | None
-    ) -> None:
-        """A linear module's matrix, several samples at a time."""
-        given, back = (value.reshape(call.samples, -1, value.shape[-1]) for value in (call.args[0], gradient))
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        for part in _parts(given, back):
-            pair = [value.to(wide) for value in _reached(given[part], back[part])]
-            sums = torch.cat(marginals(*(pair if call.kind == "transposed" else pair[::-1])), 1).to(total.dtype)
-            total[0] += (sums if weight is None else sums * weight[part, None]).sum(0)
-
-    def add_rows(
-        self,
-        name: str,
-        total: Tensor,
-        samples: Tensor,
-        rows: Tensor,
-        gradients: Tensor,
-        weight: Tensor | None,
-    ) -> None:
-        """Rows of an embedding."""
-        squares = gradients.square()
-        if weight is not None:
-            squares *= weight[samples, None]
-        total[0].index_add_(0, rows, squares.sum(1, dtype=total.dtype))
-        total[0, self._splits[name].rows :] += squares.sum(0, dtype=total.dtype)
+    def block(self, index: Index = ()) -> Tensor:
+        """The product, or a block of it."""
+        return _part(self.rows, index) * _part(self.columns, index)
 
 
-def _parts(one: Tensor, other: Tensor) -> list[slice]:
-    """Samples to take at a time, at least one."""
-    samples, tokens, width = one.shape
-    each = tokens * max(width, other.shape[2]) if _without(one, other) else width * other.shape[2]
-    step = max(1, (_CHUNK if one.device.type == "cpu" else _CHUNK * 2**6) // max(1, each))
-    return [slice(first, first + step) for first in range(0, samples, step)]
+def _part(factor: Tensor, index: Index) -> Tensor:
+    return factor[
+        tuple(place if size > 1 else slice(None) for place, size in zip(index, factor.shape, strict=False))
+    ]
 
 
-def _reached(given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the tokens that no gradient reaches: padding, and of a last layer perhaps all but one."""
-    there = back.abs().amax((0, 2)).nonzero().flatten()
-    if len(there) == back.shape[1]:
-        return given, back
-    return given[:, there], back[:, there]
+def factors_of(packed: Tensor, split: Split) -> tuple[Tensor, Tensor]:
+    r"""Means of rows :math:`r_i` ``[G, R]``, and those of columns over their mean :math:`c_j / \bar c` ``[G, C]``; float64."""
+    rows, columns = packed.double().split((split.rows, split.columns), 1)
+    relative = (columns / columns.mean(1, keepdim=True)).nan_to_num_(nan=0.0)
+    return rows.contiguous(), relative  # As `piece` takes them.
 
 
-def _without(left: Tensor, right: Tensor) -> bool:
-    """Whether the sums take fewer multiplications without the products."""
-    (_, tokens, rows), columns = left.shape, right.shape[2]
-    return 2 * tokens * (rows + columns) < rows * columns
+def piece(
+    factors: tuple[Tensor, Tensor], split: Split, shape: Sequence[int], offset: int, strides: Sequence[int]
+) -> Factors | None:
+    """The factors of what :func:`torch.as_strided` would take out of their product.
+
+    Args:
+        factors: ``[G, R]`` and ``[G, C]``.
+        split: Of the product.
+        shape: What is taken.
+        offset: Where its first element is, in row-major order.
+        strides: How far apart its neighbours along each axis are.
+
+    Returns:
+        None if its elements are no product of these: where moving along an axis leads from a row into the next.
+    """
+    first = _digits(offset, split)
+    steps = [
+        _digits(step, split) if size > 1 else (0, 0, 0) for size, step in zip(shape, strides, strict=True)
+    ]
+    last = [
+        start + sum((size - 1) * step[digit] for size, step in zip(shape, steps, strict=True))
+        for digit, start in enumerate(first)
+    ]
+    if last[1] >= max(1, split.rows) or last[2] >= max(1, split.columns):
+        return None
+    rows, columns = (
+        [step[0] * width + step[digit] for step in steps]
+        for digit, width in ((1, split.rows), (2, split.columns))
+    )
+    of_rows = [size if row else 1 for size, row in zip(shape, rows, strict=True)]
+    of_columns = [
+        size if column or not row else 1 for size, row, column in zip(shape, rows, columns, strict=True)
+    ]
+    return Factors(
+        factors[0].as_strided(of_rows, rows, first[0] * split.rows + first[1]),
+        factors[1].as_strided(of_columns, columns, first[0] * split.columns + first[2]),
+    )
 
 
-def marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column sums ``[B, R]``, ``[B, C]`` of the squares of the products of ``[B, T, R]`` and ``[B, T, C]``."""
-    if not _without(left, right):
-        squares = (left.mT @ right).square_()
-        return squares.sum(2), squares.sum(1)
-    rows = ((right @ right.mT) @ left).mul_(left).sum(1)
-    columns = ((left @ left.mT) @ right).mul_(right).sum(1)
-    return rows.clamp_(min=0), columns.clamp_(min=0)  # What is rounded may fall below.
+def _digits(place: int, split: Split) -> tuple[int, int, int]:
+    """Matrix, row and column of an element, told by its place in row-major order."""
+    matrix, inside = divmod(place, max(1, split.rows * split.columns))
+    return matrix, *divmod(inside, max(1, split.columns))

@@ -21,6 +21,7 @@ from fisher_mask_mergekit.checkpoint import (
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
 from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, may_replace_diagonal, read_diagonal
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar, read_factored
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
 from fisher_mask_mergekit.settings import FisherSettings, Kind
@@ -29,7 +30,7 @@ from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of, skeleton
 from fisher_mask_mergekit.tasks import Task, Tokenization, task_of
 
-AnySidecar = Sidecar | DiagonalSidecar
+AnySidecar = Sidecar | FactoredSidecar | DiagonalSidecar
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ def prepare(
         model = skeleton(kind, deepcopy(config))
     is_mask = settings.kind == "mask"
     sites = _find_sites(checkpoint, model, shapes) if is_mask else ()
-    parameters = None if is_mask else _find_parameters(checkpoint, model, shapes)
+    parameters = None if is_mask else _find_parameters(checkpoint, model, shapes, settings.kind)
     target = out or store.destination(checkpoint, settings.kind)
-    if writes and not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
+    if writes and not _may_write(target, settings.kind, chosen=out is not None):
         raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
     places = () if force else [out] if out else store.find_all(checkpoint, settings.kind)
@@ -180,12 +181,21 @@ def measured_meanwhile(job: Job) -> AnySidecar | None:
 
 
 def read_any(path: Path, kind: Kind) -> AnySidecar:
-    """Read a sidecar of either kind.
+    """Read a sidecar.
 
     Raises:
         SidecarError: If it is none of that kind.
     """
-    return read(path) if kind == "mask" else read_diagonal(path)
+    if kind == "diagonal":
+        return read_diagonal(path)
+    return read(path) if kind == "mask" else read_factored(path)
+
+
+def _may_write(target: Path, kind: Kind, *, chosen: bool) -> bool:
+    """Whether nothing but a sidecar can be lost: only what the user chose can be anything else's, or a folder."""
+    if kind == "diagonal":
+        return may_replace_diagonal(target)
+    return not chosen or may_replace(target)
 
 
 def _same_request(
@@ -233,11 +243,11 @@ def _find_sites(
 
 
 def _find_parameters(
-    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kind: Kind
 ) -> ParameterNames:
     try:
         return parameter_names(model, shapes)
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.name}: kind 'diagonal' does not support its layout: {error}"
+            f"{checkpoint.name}: kind '{kind}' does not support its layout: {error}"
         ) from error

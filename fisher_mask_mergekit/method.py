@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -18,7 +18,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
-from fisher_mask_mergekit.errors import SidecarMismatchError
+from fisher_mask_mergekit.errors import RecipeError, SidecarMismatchError
 from fisher_mask_mergekit.merging import (
     Missing,
     compare_measurements,
@@ -27,8 +27,12 @@ from fisher_mask_mergekit.merging import (
     find_sidecar,
     merge_errors,
 )
+from fisher_mask_mergekit.parameter_merge import NormalizeParameters, merge_parameters
 from fisher_mask_mergekit.sidecar import Sidecar, read
-from fisher_mask_mergekit.weighting import Found, Normalize, Unmasked, fisher_rows, merge_rows
+from fisher_mask_mergekit.weighting import Found, Unmasked, fisher_rows, merge_rows
+
+Nodes = Literal["paper", "columns", "all"]
+AnyNormalize = Literal["none", "model", "layer", "tensor"]
 
 
 class FisherMaskMerge(GroupMergeMethod):
@@ -49,6 +53,9 @@ class FisherMaskMerge(GroupMergeMethod):
       paper's released code does: ``layer``, the rest of an attention or FFN block by the site's mean Fisher;
       ``universal``, also everything else, by the mean over sites of the mean head plus the mean neuron.
     - ``missing``: ``error`` or ``average``, if a model has no sidecar.
+    - ``nodes``: ``paper``; or ``all``: every parameter by the Fisher information that its row and its column make of it,
+      from sidecars of kind factored. Then ``normalize`` is ``none``, ``model`` or ``tensor``, each by the mean over
+      all parameters, or over the tensor's.
     """
 
     spec = MergeMethodSpec(
@@ -59,9 +66,10 @@ class FisherMaskMerge(GroupMergeMethod):
         parameters=(
             ParameterSpec("weight", float | None, ParameterScope.INPUT, default=None),
             ParameterSpec("sidecar", str, ParameterScope.INPUT, default=""),
-            ParameterSpec("normalize", Normalize, ParameterScope.SHARED, default="none"),
+            ParameterSpec("normalize", AnyNormalize, ParameterScope.SHARED, default="none"),
             ParameterSpec("unmasked", Unmasked, ParameterScope.SHARED, default="average"),
             ParameterSpec("missing", Missing, ParameterScope.SHARED, default="error"),
+            ParameterSpec("nodes", Nodes, ParameterScope.SHARED, default="paper"),
         ),
     )
 
@@ -85,10 +93,18 @@ def _merge(
     name: str,
     weight: Mapping[Hashable, float | None],
     sidecar: Mapping[Hashable, str],
-    normalize: Normalize,
+    normalize: AnyNormalize,
     unmasked: Unmasked,
     missing: Missing,
+    nodes: Nodes,
 ) -> Tensor:
+    if nodes == "all":
+        by = _without_masks(normalize, unmasked)
+        return merge_parameters(group, name, weight, sidecar, by, missing, "factored")
+    if normalize == "tensor":
+        raise RecipeError("normalize: tensor goes with nodes: all; masks have normalize: layer")
+    if nodes == "columns":
+        raise RecipeError("nodes: columns is not there yet; take paper or all")
     inputs = counted_inputs(group, weight)
     if isinstance(inputs, Tensor):
         return inputs
@@ -100,6 +116,15 @@ def _merge(
     ]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, normalize, unmasked))
+
+
+def _without_masks(normalize: AnyNormalize, unmasked: Unmasked) -> NormalizeParameters:
+    """Refuse what has no meaning where all tensors are weighed by numbers of their own."""
+    if unmasked != "average":
+        raise RecipeError(f"unmasked: {unmasked} is about tensors without mask nodes; nodes: all leaves none")
+    if normalize == "layer":
+        raise RecipeError("normalize: layer is about sites of masks; nodes: all takes none, model or tensor")
+    return normalize
 
 
 def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:

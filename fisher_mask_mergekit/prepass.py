@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit import measure_diagonal, measure_mask, store
+from fisher_mask_mergekit import measure_diagonal, measure_factored, measure_mask, store
 from fisher_mask_mergekit.batches import lacks_for_padding
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import batch_limits, check_options, model_errors, to_make_smaller
+from fisher_mask_mergekit.factored import FactoredFisher
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import AnySidecar, Inputs, Job, measured_meanwhile, read_any
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
+
+AnyFisher = MaskFisher | FactoredFisher | DiagonalFisher
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Measured:
         notes: What the user should know.
     """
 
-    fisher: MaskFisher | DiagonalFisher
+    fisher: AnyFisher
     values: dict[str, Tensor]
     seconds: float
     notes: tuple[str, ...]
@@ -176,7 +179,9 @@ def measure(
 
 
 def _kind(job: Job) -> Any:
-    return measure_mask if job.settings.kind == "mask" else measure_diagonal
+    return {"mask": measure_mask, "factored": measure_factored, "diagonal": measure_diagonal}[
+        job.settings.kind
+    ]
 
 
 def _check_unchanged(job: Job) -> None:
@@ -201,9 +206,7 @@ def _replaced(job: Job) -> list[str]:
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
 
-def _facts(
-    job: Job, inputs: Inputs, measured: MaskFisher | DiagonalFisher, device: torch.device
-) -> dict[str, Any]:
+def _facts(job: Job, inputs: Inputs, measured: AnyFisher, device: torch.device) -> dict[str, Any]:
     """What every kind of sidecar says of its measurement, as the fields of :class:`Measurement`."""
     return {
         "checkpoint": job.checkpoint.name,

@@ -10,15 +10,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit import store
+from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_tensors, tensor_shapes
-from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
+from fisher_mask_mergekit.diagonal_sidecar import INDEX
+from fisher_mask_mergekit.factored_sidecar import is_factored
 from fisher_mask_mergekit.hub import PREFIX
-from fisher_mask_mergekit.job import AnySidecar
+from fisher_mask_mergekit.job import AnySidecar, read_any
+from fisher_mask_mergekit.parameter_records import ParameterSidecar
 from fisher_mask_mergekit.preview.inspection import open_sidecar
 from fisher_mask_mergekit.provenance import checkpoint_of
 from fisher_mask_mergekit.recognition import probe
-from fisher_mask_mergekit.sidecar import Sidecar, digest_of, read
+from fisher_mask_mergekit.settings import Kind
+from fisher_mask_mergekit.sidecar import Sidecar, digest_of
 
 Verdict = Literal["ok", "plausible", "not checked", "failed"]
 
@@ -43,7 +46,7 @@ class Check:
 
 
 def find(target: str) -> tuple[AnySidecar, str | None]:
-    """A sidecar of either kind, and the checkpoint's folder that it was asked for by or lies in, if there is one.
+    """A sidecar of any kind, and the checkpoint's folder that it was asked for by or lies in, if there is one.
 
     Args:
         target: The sidecar, on the hub (``hub:``) or here, or the folder of the checkpoint that it belongs to.
@@ -52,16 +55,22 @@ def find(target: str) -> tuple[AnySidecar, str | None]:
         SidecarError: If there is none, or it is not whole.
     """
     if target.startswith(PREFIX):
-        return open_sidecar(target), None
+        file = hub.fetch(hub.parse(target)).path
+        return read_any(file, _kind_of(file)), None
     place = Path(target)
-    is_diagonal = (place / INDEX).is_file()
-    if place.is_dir() and not is_diagonal:
+    kind = _kind_of(place)
+    if place.is_dir() and kind != "diagonal":
         return open_sidecar(target), target
-    sidecar = read_diagonal(place) if is_diagonal else read(place)
-    beside = store.DIAGONAL_BESIDE if is_diagonal else store.BESIDE
+    sidecar = read_any(place, kind)
     path = place.absolute()
-    lies_in_one = path.parts[-2:] == beside.parts and (path.parents[1] / "config.json").is_file()
+    lies_in_one = path.parts[-2:] == store.PLACES[kind].parts and (path.parents[1] / "config.json").is_file()
     return sidecar, str(path.parents[1]) if lies_in_one else None
+
+
+def _kind_of(place: Path) -> Kind:
+    if (place / INDEX).is_file():
+        return "diagonal"
+    return "factored" if is_factored(place) else "mask"
 
 
 def check_file(sidecar: AnySidecar) -> Check:
@@ -74,11 +83,10 @@ def check_file(sidecar: AnySidecar) -> Check:
     whole = f"{sidecar.source} is whole: {metadata.samples} samples, {metadata.described_checkpoint}"
     if isinstance(sidecar, Sidecar):
         return Check("file", "ok", whole)
-    records = sidecar.metadata.tensors
-    count = sum(torch.Size(record.shape).numel() for record in records)
-    mean = math.fsum(float(sidecar.fisher(record).double().sum()) for record in records) / max(1, count)
+    sizes = {record: math.prod(record.shape) for record in sidecar.metadata.tensors}
+    mean = math.fsum(sidecar.mean_of(one) * size for one, size in sizes.items()) / max(1, sum(sizes.values()))
     if not math.isclose(mean, sidecar.metadata.mean, rel_tol=_MEAN_TOLERANCE):
-        stored = f"its index says that it is {sidecar.metadata.mean:.6e}"
+        stored = f"its metadata says that it is {sidecar.metadata.mean:.6e}"
         return Check("file", "failed", f"{sidecar.source}: the mean over all numbers is {mean:.6e}, {stored}")
     return Check("file", "ok", whole)
 
@@ -146,7 +154,7 @@ def no_checkpoint(sidecar: AnySidecar) -> Check:
 
 def kept_values(sidecar: AnySidecar) -> Mapping[str, Tensor]:
     """By tensor name, the values that it is recognised by; short ones may be filled with zeros."""
-    if isinstance(sidecar, DiagonalSidecar):
+    if isinstance(sidecar, ParameterSidecar):
         return {
             name: torch.tensor(record.values, dtype=torch.float64) for name, record in sidecar.records.items()
         }

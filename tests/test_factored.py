@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fisher_mask_mergekit import factors
+from fisher_mask_mergekit import marginals as module
 from fisher_mask_mergekit.diagonal import diagonal_fisher
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
-from fisher_mask_mergekit.factors import Split, marginals, row_axes
+from fisher_mask_mergekit.factors import Split
+from fisher_mask_mergekit.marginals import marginals, row_axes
 from tests import tiny
 from tests.families import build
 from tests.naive import naive_diagonal
@@ -112,8 +113,8 @@ def test_both_ways_give_the_definition_in_parts_of_a_batch(
     without: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.classifier("bert").double()
-    monkeypatch.setattr(factors, "_without", lambda left, right: without)
-    monkeypatch.setattr(factors, "_CHUNK", 700)
+    monkeypatch.setattr(module, "_without", lambda left, right: without)
+    monkeypatch.setattr(module, "_CHUNK", 700)
     assert_same(measure(model, 7, labels="exact").fisher, naive(model, labels="exact"))
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint
-from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarNotFoundError
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarError, SidecarNotFoundError
+from fisher_mask_mergekit.factored_sidecar import is_factored
 from fisher_mask_mergekit.preview.forecast import Forecast, forecast
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
@@ -99,15 +100,28 @@ def open_sidecar(target: str) -> Sidecar:
     """
     path = Path(target)
     if target.startswith(hub.PREFIX):
-        return read(hub.fetch(hub.parse(target)).path)
+        return read_masks(hub.fetch(hub.parse(target)).path)
     if not path.is_dir():
-        return read(path)
+        return read_masks(path)
     found = store.find(Checkpoint(str(path), path, None))
     if found is None:
         raise SidecarNotFoundError(
             f"there is no sidecar for {path}. Measure it:  mergekit-fisher compute {path} --data DATASET"
         )
     return read(found)
+
+
+def read_masks(path: Path) -> Sidecar:
+    """A sidecar of mask nodes.
+
+    Raises:
+        SidecarError: If it is none, or cannot be used.
+    """
+    if is_factored(path):
+        raise SidecarError(
+            f"{path} is of rows and columns (nodes: all), and has no mask nodes. Check it:  mergekit-fisher verify {path}"
+        )
+    return read(path)
 
 
 def sidecar_of(model: RecipeModel, peeked: Peeked) -> Sidecar | None:
@@ -142,6 +156,8 @@ def recipe_shares(
     if recipe.method != METHOD:
         uses = "has no mask nodes to show" if recipe.method == DIAGONAL_METHOD else "uses no sidecars"
         raise RecipeError(f"{recipe.path}: merge_method is {recipe.method}, which {uses}")
+    if recipe.kind == "factored":
+        raise RecipeError(f"{recipe.path}: nodes: all has no mask nodes to show")
     models = {model.name: peek(model.name) for model in recipe.models}
     for name, peeked in models.items():
         if peeked.shapes is None:

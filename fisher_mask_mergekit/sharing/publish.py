@@ -13,6 +13,7 @@ from fisher_mask_mergekit import store
 from fisher_mask_mergekit.errors import HubError, SidecarError, SidecarNotFoundError
 from fisher_mask_mergekit.hub import HubReference, check_repository, fetch
 from fisher_mask_mergekit.hub_errors import hub_errors
+from fisher_mask_mergekit.preview.inspection import read_masks
 from fisher_mask_mergekit.preview.peek import peek
 from fisher_mask_mergekit.sharing.card import describe, with_section, with_tags
 from fisher_mask_mergekit.sharing.hub_weights import compare_with_hub
@@ -49,7 +50,7 @@ def find_measured(target: str) -> Sidecar:
         FisherMaskError: If there is none, or it cannot be read.
     """
     if Path(target).is_file():
-        return read(Path(target))
+        return read_masks(Path(target))
     checkpoint = peek(target).checkpoint
     found = list(store.find_all(checkpoint))
     if not found:

@@ -7,8 +7,9 @@ from huggingface_hub import is_offline_mode
 
 from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.errors import HubError, SidecarError
+from fisher_mask_mergekit.preview.inspection import read_masks
 from fisher_mask_mergekit.sharing.hub_weights import compare_with_hub
-from fisher_mask_mergekit.sidecar import Sidecar, may_replace, read
+from fisher_mask_mergekit.sidecar import Sidecar, may_replace
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def pull(target: str, out: Path | None = None) -> Pulled:
         SidecarError: If it is no sidecar, is not that of the weights in its repository, or cannot be written.
     """
     fetched = hub.fetch(_reference(target))
-    sidecar, note = read(fetched.path), ""
+    sidecar, note = read_masks(fetched.path), ""
     assert fetched.pinned.revision is not None
     if is_offline_mode():
         note = "HF_HUB_OFFLINE is set: it was not compared with the weights on the hub"
