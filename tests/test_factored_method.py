@@ -213,7 +213,7 @@ def test_the_other_commands_say_what_they_do_with_it(tmp_path: Path, models: lis
     refused = run("compute", models[0], "--data", data, "--kind", "factored", "--recompute", code=1)
     assert "kind 'factored' keeps what every module is given" in refused.stderr
     (tmp_path / "mine.safetensors").write_text("mine")
-    out = ["--kind", "factored", "--out", tmp_path / "mine.safetensors"]
+    out: list[str | Path] = ["--kind", "factored", "--out", tmp_path / "mine.safetensors"]
     assert "exists and is no sidecar" in run("compute", models[0], "--data", data, *out, code=1).stderr
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
 
