@@ -29,6 +29,7 @@ from fisher_mask_mergekit.execution import pick_device
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.settings import FisherSettings, Kind
+from fisher_mask_mergekit.store import FACTORED_BESIDE
 
 VOCABULARY = 30522
 WORDS = (8, 56)
@@ -138,13 +139,14 @@ def main() -> None:
         data = options.work / "data.jsonl"
         random_text(data, first, options.samples)
     device = pick_device(None if options.device == "auto" else options.device)
-    kinds: tuple[Kind, ...] = ("mask", "diagonal")
+    kinds: tuple[Kind, ...] = ("mask", "factored", "diagonal")
     for kind in kinds:
         settings = FisherSettings(data=str(data.resolve()), samples=options.samples, kind=kind)
         for folder in folders:
             compute(prepare(str(folder), settings), device)
     sizes = [value.nbytes for file in others[-1].glob("*.safetensors") for value in load_file(file).values()]
-    made = {"data": str(data), "models": [str(folder) for folder in folders]}
+    made: dict[str, Any] = {"data": str(data), "models": [str(folder) for folder in folders]}
+    made["sidecar"] = (others[-1] / FACTORED_BESIDE).stat().st_size
     print(json.dumps(made | {"bytes": sum(sizes), "largest": max(sizes)}))
 
 

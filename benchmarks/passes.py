@@ -28,6 +28,7 @@ from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.execution import pick_device
+from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.settings import FisherSettings, Labels
 from fisher_mask_mergekit.sites import NodeKey, Site
@@ -92,6 +93,11 @@ def batch_gradients(work: Workload) -> dict[NodeKey, Tensor]:
 def diagonal(work: Workload, labels: Labels = "data") -> DiagonalFisher:
     """What ``compute --kind diagonal`` measures."""
     return diagonal_fisher(work.model, work.batches, work.task, labels=labels)
+
+
+def factored(work: Workload) -> FactoredFisher:
+    """What ``compute --kind factored`` measures."""
+    return factored_fisher(work.model, work.batches, work.task)
 
 
 def lower_bound(work: Workload) -> None:
@@ -193,6 +199,7 @@ RUNS: Mapping[str, Callable[[Workload], object]] = {
     "pre_pass": pre_pass,
     "recompute": recompute,
     "lower_bound": lower_bound,
+    "factored": factored,
     "diagonal": diagonal,
 }
 """What is weighed."""
@@ -238,6 +245,7 @@ def time_ways(work: Workload, singles: list[Batch], repeats: int) -> dict[str, T
     ways = {
         "pre_pass": Timed(partial(pre_pass, work), repeats),
         "lower_bound": Timed(partial(lower_bound, work), repeats),
+        "factored": Timed(partial(factored, work), repeats),
         "recompute": Timed(partial(recompute, work), repeats),
         "batch_gradients": Timed(partial(batch_gradients, work), repeats),
         "explicit_masks": Timed(partial(explicit_masks, work), SLOW_REPEATS),
@@ -266,6 +274,7 @@ def time_all(work: Workload, repeats: int) -> dict[str, Any]:
     warm = replace(work, batches=work.batches[:1])
     pre_pass(warm)
     lower_bound(warm)
+    factored(warm)
     singles = list(single_samples(work.batches))
     ways = time_ways(work, singles, repeats)
     return {

@@ -51,6 +51,15 @@ print(json.dumps([1e3 * (imported - started), 1e3 * (searched - imported), 1e3 *
 """
 
 
+METHODS = {
+    "fisher_mask": "merge_method: fisher_mask",
+    "nodes_all": "merge_method: fisher_mask\nparameters: {nodes: all}",
+    "fisher_diagonal": "merge_method: fisher_diagonal",
+    "linear": "merge_method: linear",
+}
+"""What is merged by, and how its recipe begins."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """A process that ended well.
@@ -106,8 +115,8 @@ def taking_turns(names: Sequence[str], rounds: Iterable[int]) -> Iterator[tuple[
 
 
 def memory_runs(arguments: Sequence[object], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Peak memory of the pre-pass, of its lower bound and of the full diagonal, in bytes, see ``passes.py``."""
-    names = ("pre_pass", "recompute", "lower_bound", "diagonal")
+    """Peak memory of the pre-pass, of its lower bound, of kind factored and of the full diagonal, in bytes, see ``passes.py``."""
+    names = ("pre_pass", "recompute", "lower_bound", "factored", "diagonal")
     order = list(taking_turns(names, range(repeats)))
     with ThreadPoolExecutor(2) as pool:  # Nothing is timed here, and memory does not mind a neighbour.
         found = list(
@@ -125,9 +134,9 @@ def merge_runs(checkpoints: Sequence[str], work: Path, repeats: int) -> dict[str
     ``linear`` is run as in a mergekit without the plug-in.
     """
     runs: dict[str, dict[str, list[float]]] = {}
-    for method in ("fisher_mask", "fisher_diagonal", "linear"):
+    for method, recipe in METHODS.items():
         models = [f"  - model: {checkpoint}\n    parameters: {{weight: 1}}\n" for checkpoint in checkpoints]
-        (work / f"{method}.yml").write_text(f"merge_method: {method}\nmodels:\n{''.join(models)}")
+        (work / f"{method}.yml").write_text(f"{recipe}\nmodels:\n{''.join(models)}")
         runs[method] = {"seconds": [], "processor": [], "seconds_once_imported": [], "peak": []}
     # The first of each only fills the file cache; not worth its time where one run is all there is.
     for number, method in taking_turns(list(runs), range(-1 if repeats > 1 else 0, repeats)):

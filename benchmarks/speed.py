@@ -74,6 +74,8 @@ def pre_pass_rows(timed: dict[str, Any]) -> list[Row]:
     for name, title, way, other, target in (
         ("pre_pass_over_lower_bound", "1  pre-pass / forward + activation-only backward, time", "pre_pass", "lower_bound", 1.05),
         ("recompute_over_lower_bound", "1  pre-pass with --recompute / the same, time", "recompute", "lower_bound", 1.5),
+        ("factored_over_pre_pass", "1  kind factored / pre-pass, time", "factored", "pre_pass", 1.15),
+        ("factored_over_lower_bound", "1  kind factored / forward + activation-only backward, time", "factored", "lower_bound", 1.2),
         ("pre_pass_over_batch_gradients", "1  pre-pass / the same with estimator batch, time", "pre_pass", "batch_gradients", 1.0),
     ):  # fmt: skip
         top, bottom = timed["seconds"][way], timed["seconds"][other]
@@ -128,13 +130,15 @@ def one_at_a_time_rows(timed: dict[str, Any]) -> list[Row]:
 
 
 def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
-    """Row 4: peak memory of the pre-pass, and of the full diagonal, against that of the lower bound."""
+    """Row 4: peak memory of the pre-pass, of kind factored and of the full diagonal, against that of the lower bound."""
     of = "device memory" if runs["pre_pass"][0]["of"] == "device" else "resident set"
     rows = []
     for way, name, title, without, target in (
         ("pre_pass", "memory", "4  pre-pass / forward + activation-only backward, peak memory", 0, 1.05),
         ("pre_pass", "memory_beyond_model", "4  the same, beyond what the loaded model takes", 1, None),
         ("recompute", "memory", "4  pre-pass with --recompute / the same, peak memory", 0, None),
+        ("factored", "memory", "4  kind factored / the same, peak memory", 0, 1.05),
+        ("factored", "memory_beyond_model", "4  kind factored / the same, beyond what the loaded model takes", 1, None),
         ("diagonal", "memory", "4  full Fisher in batches / the same, peak memory", 0, None),
     ):
         # At least a byte: on an idle high-water mark nothing is added.
@@ -167,6 +171,8 @@ def merge_rows(runs: dict[str, dict[str, list[float]]], made: dict[str, Any]) ->
         ("fisher_mask", "seconds", "5  merge, fisher_mask / linear, time of mergekit-yaml", limit, "s", 1),
         ("fisher_mask", "seconds_once_imported", "5  the same, once everything is imported", None, "s", 1),
         ("fisher_mask", "peak", "5  merge, fisher_mask / linear, peak memory", limit, "MiB", MIB),
+        ("nodes_all", "seconds", "5  merge, nodes: all / linear, time of mergekit-yaml", 1.05, "s", 1),
+        ("nodes_all", "peak", "5  merge, nodes: all / linear, peak memory", limit, "MiB", MIB),
         (
             "fisher_diagonal",
             "seconds",
@@ -196,6 +202,9 @@ def merge_rows(runs: dict[str, dict[str, list[float]]], made: dict[str, Any]) ->
     )
     title = "5  the same, beyond linear's, in largest tensors of each input"
     rows.append(Row("merge_fisher_diagonal_peak_beyond", title, statistics.median(beyond), "x", 1.0, detail))
+    title = "5  sidecar of kind factored / checkpoint, size"
+    detail = f"{made['sidecar']:,} and {size:,} bytes"
+    rows.append(Row("factored_sidecar_over_checkpoint", title, made["sidecar"] / size, "x", 0.01, detail))
     return rows
 
 

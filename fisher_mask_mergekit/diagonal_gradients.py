@@ -147,7 +147,7 @@ class DiagonalGradients:
             if not output.requires_grad:
                 # The weights are frozen: here autograd starts. A leaf itself must not be changed in place.
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(partial(self._arrive, call, self._calls))
+            output.register_hook(partial(self._arrive, call.lean(args[0] if args else None), self._calls))
         return output
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> tuple[Call, Tensor]:
@@ -182,8 +182,9 @@ class DiagonalGradients:
         for own, parameter in own_parameters(call.module).items():
             name = self._names[id(parameter)]
             waiting = self._arrived.setdefault(name, [])
-            waiting.append((call, own, gradient))
-            if len(waiting) == calls[name]:
+            is_last = len(waiting) + 1 == calls[name]
+            waiting.append((call if is_last else call.kept(), own, gradient))
+            if is_last:
                 self._add(name)
 
     @torch.no_grad()

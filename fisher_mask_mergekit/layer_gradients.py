@@ -1,13 +1,15 @@
 """Per-sample gradients of one module's parameters, from what went into it and the gradient of what came out."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+
+from fisher_mask_mergekit.activations import Remake, remake_of
 
 Kind = Literal["linear", "transposed", "embedding", "scale", "other"]
 """How a module's parameters enter its output, see :func:`kind_of`."""
@@ -23,6 +25,7 @@ class Call:
         samples: How many samples.
         args: What it was given.
         kwargs: Likewise.
+        remake: If not None, makes its only argument again, which is then not kept.
         versions: Of its tensor arguments: how often each had been changed in place.
     """
 
@@ -31,6 +34,7 @@ class Call:
     samples: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    remake: Remake | None = None
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,6 +43,26 @@ class Call:
     def tensors(self) -> list[Tensor]:
         """Its tensor arguments."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    def given(self) -> Tensor:
+        """Its first argument."""
+        first: Tensor = self.args[0] if self.remake is None else self.remake(slice(None))
+        return first
+
+    def lean(self, given: Any) -> "Call":
+        """The same without its input, where a linear module's can be made again as long as its graph is there.
+
+        Args:
+            given: The input, as part of the graph.
+        """
+        # What was changed in place, no operation's own result is.
+        fresh = self.kind in ("linear", "transposed") and given._version == 0
+        remake = remake_of(given) if fresh else None
+        return self if remake is None else replace(self, args=(), kwargs={}, remake=remake)
+
+    def kept(self) -> "Call":
+        """The same for when the graph is gone."""
+        return self if self.remake is None else replace(self, args=(self.given(),), remake=None)
 
     def is_intact(self) -> bool:
         """Whether its tensor arguments are still what they were."""
@@ -131,7 +155,7 @@ def per_sample(call: Call, name: str, gradient: Tensor) -> Iterable[Tensor]:
 def matrices(call: Call, gradient: Tensor) -> Iterator[Tensor]:
     """Every sample's gradient of the matrix of a linear module, one after the other."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    rows = zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True)
+    rows = zip(call.given().chunk(call.samples), gradient.chunk(call.samples), strict=True)
     for given, backward in rows:
         x, g = given.flatten(0, -2).to(wide), backward.flatten(0, -2).to(wide)
         yield x.T @ g if call.kind == "transposed" else g.T @ x

@@ -73,7 +73,7 @@ class Marginals:
         self, name: str, total: Tensor, call: Call, gradient: Tensor, weight: Tensor | None
     ) -> None:
         """A linear module's matrix, several samples at a time."""
-        given, back = (value.reshape(call.samples, -1, value.shape[-1]) for value in (call.args[0], gradient))
+        given, back = (value.reshape(call.samples, -1, value.shape[-1]) for value in (call.given(), gradient))
         wide = torch.promote_types(gradient.dtype, torch.float32)
         for part in _parts(given, back):
             pair = [value.to(wide) for value in _reached(given[part], back[part])]
