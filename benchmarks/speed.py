@@ -138,7 +138,13 @@ def memory_rows(runs: dict[str, list[dict[str, Any]]]) -> list[Row]:
         ("pre_pass", "memory_beyond_model", "4  the same, beyond what the loaded model takes", 1, None),
         ("recompute", "memory", "4  pre-pass with --recompute / the same, peak memory", 0, None),
         ("factored", "memory", "4  kind factored / the same, peak memory", 0, 1.05),
-        ("factored", "memory_beyond_model", "4  kind factored / the same, beyond what the loaded model takes", 1, None),
+        (
+            "factored",
+            "memory_beyond_model",
+            "4  kind factored / the same, beyond what the loaded model takes",
+            1,
+            None,
+        ),
         ("diagonal", "memory", "4  full Fisher in batches / the same, peak memory", 0, None),
     ):
         # At least a byte: on an idle high-water mark nothing is added.

@@ -60,7 +60,9 @@ def remake_of(activation: Tensor) -> Remake | None:
 
 def _keeps_alike(node: Any, activation: Tensor) -> bool:
     """Whether what an operation keeps has the activation's rows; a factor that is a number has not."""
-    kept = [getattr(node, name) for name in ("_saved_self", "_saved_other", "_saved_input") if hasattr(node, name)]
+    kept = [
+        getattr(node, name) for name in ("_saved_self", "_saved_other", "_saved_input") if hasattr(node, name)
+    ]
     return all(value is not None and value.shape == activation.shape for value in kept)
 
 
