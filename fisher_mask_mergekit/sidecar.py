@@ -36,6 +36,7 @@ from fisher_mask_mergekit.untrusted import (
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
+FACTORED_KEY = "fisher_mask_mergekit_factored"
 
 
 class Record(BaseModel):
@@ -303,6 +304,10 @@ def may_replace(path: Path) -> bool:
 
 
 def _metadata_text(header: bytes, path: Path) -> str:
+    if f'"{FACTORED_KEY}"'.encode() in header:
+        raise SidecarError(
+            f"{path} is a sidecar of rows and columns, which fisher_mask takes with nodes: all; it has no mask nodes"
+        )
     try:
         text = read_json(header.decode(), path)["__metadata__"][METADATA_KEY]
         version = read_json(text, path)["format_version"]
