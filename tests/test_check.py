@@ -139,7 +139,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path, text: str, message: str) -
 
 def test_what_mergekit_refuses_is_said_in_its_words(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for changes, message in (
-        ({"parameters": {"normalize": "much"}}, "Input should be 'none', 'model' or 'layer'"),
+        ({"parameters": {"normalize": "much"}}, "Input should be 'none', 'model', 'layer' or 'tensor'"),
         ({"slices": [{"sources": [{"model": str(pair[0]), "layer_range": [0, 2]}]}]}, "Exactly one of"),
     ):
         level, what, detail, _ = only(findings(tmp_path, pair, **changes))
