@@ -128,8 +128,8 @@ class Measurement(Record):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class OfEitherKind(Protocol):
-    """What both kinds of sidecars have."""
+class OfAnyKind(Protocol):
+    """What sidecars of all kinds have."""
 
     @property
     def metadata(self) -> Measurement:
@@ -140,7 +140,7 @@ class OfEitherKind(Protocol):
         """Where it was read from, for messages."""
 
 
-EitherKind = TypeVar("EitherKind", bound=OfEitherKind)
+AnyKind = TypeVar("AnyKind", bound=OfAnyKind)
 
 
 class Metadata(Measurement):
@@ -216,7 +216,7 @@ def fisher_dtype(settings: FisherSettings) -> torch.dtype:
     return torch.float32 if settings.share is None else torch.float64
 
 
-def whole(sidecar: EitherKind) -> EitherKind:
+def whole(sidecar: AnyKind) -> AnyKind:
     """The same, unless it was measured on a share of the samples only.
 
     Raises:
