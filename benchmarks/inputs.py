@@ -30,6 +30,7 @@ from fisher_mask_mergekit.execution import pick_device
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.settings import FisherSettings, Kind
+from fisher_mask_mergekit.store import FACTORED_BESIDE
 
 VOCABULARY = 30522
 WORDS = (8, 56)
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float)
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--mask", type=int, default=0, help="how many of them get a sidecar of mask nodes")
+    parser.add_argument("--factored", type=int, default=0, help="how many get one of rows and columns")
     parser.add_argument("--diagonal", type=int, default=0, help="how many get one of every parameter")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -143,15 +145,22 @@ def main() -> None:
         data = options.work / "data.jsonl"
         random_text(data, first, options.samples)
     device = pick_device(None if options.device == "auto" else options.device)
-    wanted: dict[Kind, int] = {"mask": options.mask, "diagonal": options.diagonal}
+    wanted: dict[Kind, int] = {
+        "mask": options.mask,
+        "factored": options.factored,
+        "diagonal": options.diagonal,
+    }
     for kind, count in wanted.items():
         settings = FisherSettings(data=str(data.resolve()), samples=options.samples, kind=kind)
         for folder in folders[:count]:
             compute(prepare(str(folder), settings), device)
     files = folders[-1].glob("*.safetensors")
     sizes = [value.nbytes for file in files for value in load_file(file).values()]
-    made = {"data": str(data), "models": [str(folder) for folder in folders]}
-    print(json.dumps(made | {"bytes": sum(sizes), "largest": max(sizes)}))
+    made: dict[str, Any] = {"data": str(data), "models": [str(folder) for folder in folders]}
+    made |= {"bytes": sum(sizes), "largest": max(sizes)}
+    if options.factored:
+        made["factored_sidecar"] = (first / FACTORED_BESIDE).stat().st_size
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

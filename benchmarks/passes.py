@@ -21,6 +21,7 @@ from workload import Workload, load_workload
 
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.execution import pick_device
+from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.sites import NodeKey
@@ -51,6 +52,11 @@ def batch_gradients(work: Workload) -> dict[NodeKey, Tensor]:
 def diagonal(work: Workload, labels: Labels = "data") -> DiagonalFisher:
     """What ``compute --kind diagonal`` measures."""
     return diagonal_fisher(work.model, work.batches, work.task, labels=labels)
+
+
+def factored(work: Workload) -> FactoredFisher:
+    """What ``compute --kind factored`` measures."""
+    return factored_fisher(work.model, work.batches, work.task)
 
 
 def lower_bound(work: Workload) -> None:
@@ -129,6 +135,7 @@ RUNS: Mapping[str, Callable[[Workload], object]] = {
     "pre_pass": pre_pass,
     "recompute": recompute,
     "lower_bound": lower_bound,
+    "factored": factored,
     "diagonal": diagonal,
 }
 """What is weighed."""
@@ -144,6 +151,7 @@ def time_ways(work: Workload, repeats: int) -> dict[str, Timed]:
     ways = {
         "pre_pass": Timed(partial(pre_pass, work), repeats),
         "lower_bound": Timed(partial(lower_bound, work), repeats),
+        "factored": Timed(partial(factored, work), repeats),
         "recompute": Timed(partial(recompute, work), repeats),
         "batch_gradients": Timed(partial(batch_gradients, work), repeats),
         "explicit_masks": Timed(partial(explicit_masks, few.one_by_one()), SLOW_REPEATS, _share(few, work)),
@@ -179,6 +187,7 @@ def time_all(work: Workload, repeats: int) -> dict[str, Any]:
     warm = replace(work, batches=work.batches[:1])
     pre_pass(warm)
     lower_bound(warm)
+    factored(warm)
     ways = time_ways(work, repeats)
     return {
         "seconds": {

@@ -56,6 +56,9 @@ COMMAND = "import sys; sys.argv[0] = 'mergekit-fisher'; from fisher_mask_mergeki
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Lets glibc give back at once what is freed: a resident set is then what is in use, and no gaps between."""
 
+WAYS = {"nodes_all": "fisher_mask\nparameters: {nodes: all}"}
+"""Of what is merged by beside the methods as they are: the method, and what it is given."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -112,8 +115,8 @@ def taking_turns(names: Sequence[str], rounds: Iterable[int]) -> Iterator[tuple[
 
 
 def memory_runs(arguments: Sequence[object], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Peak memory of the pre-pass, of its lower bound and, once, of the full diagonal, in bytes, see ``passes.py``."""
-    names = ("pre_pass", "recompute", "lower_bound")
+    """Peak memory of the pre-pass, of its lower bound, of kind factored and, once, of the full diagonal, in bytes, see ``passes.py``."""
+    names = ("pre_pass", "recompute", "lower_bound", "factored")
     order = ["diagonal", *(name for _, name in taking_turns(names, range(repeats)))]
     with ThreadPoolExecutor(2) as pool:  # Nothing is timed here, and memory does not mind a neighbour.
         found = list(
@@ -130,13 +133,14 @@ def merge_runs(
 ) -> dict[str, dict[str, list[float]]]:
     """``mergekit-yaml`` on all checkpoints: seconds, processor seconds, seconds once imported, peak bytes.
 
-    By these methods and by ``linear``, which is run as in a mergekit without the plug-in. If not ``warm``, each runs once
+    By these methods, or :data:`WAYS`, and by ``linear``, which is run as in a mergekit without the plug-in. If not ``warm``, each runs once
     before, so that the files are in the cache.
     """
     runs: dict[str, dict[str, list[float]]] = {}
     for method in (*methods, "linear"):
         models = [f"  - model: {checkpoint}\n    parameters: {{weight: 1}}\n" for checkpoint in checkpoints]
-        (work / f"{method}.yml").write_text(f"merge_method: {method}\nmodels:\n{''.join(models)}")
+        recipe = f"merge_method: {WAYS.get(method, method)}\nmodels:\n{''.join(models)}"
+        (work / f"{method}.yml").write_text(recipe)
         runs[method] = {"seconds": [], "processor": [], "seconds_once_imported": [], "peak": []}
     for number, method in taking_turns(list(runs), range(0 if warm else -1, repeats)):
         out = work / "merged"

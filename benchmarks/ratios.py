@@ -84,11 +84,13 @@ def ratios_of(tops: Sequence[float], bottoms: Sequence[float]) -> list[float]:
 
 
 def pre_pass_rows(timed: Mapping[str, Any]) -> list[Row]:
-    """The pre-pass against the least that one backward pass takes, and against one gradient per batch."""
+    """The pre-pass, of either kind, against the least that one backward pass takes; and against one gradient per batch."""
     rows = []
     for name, title, way, other, target in (
         ("pre_pass_over_lower_bound", "pre-pass / lower bound, time", "pre_pass", "lower_bound", 1.05),
         ("recompute_over_lower_bound", "--recompute / lower bound, time", "recompute", "lower_bound", 1.5),
+        ("factored_over_pre_pass", "kind factored / pre-pass, time", "factored", "pre_pass", 1.15),
+        ("factored_over_lower_bound", "kind factored / lower bound, time", "factored", "lower_bound", 1.2),
         ("pre_pass_over_batch_gradients", "pre-pass / estimator batch, time", "pre_pass", "batch_gradients", 1.0),
     ):  # fmt: skip
         top, bottom = timed["seconds"][way], timed["seconds"][other]
@@ -132,13 +134,15 @@ def full_fisher_rows(timed: Mapping[str, Any], shape: str) -> list[Row]:
 
 
 def memory_rows(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
-    """Peak memory of the pre-pass, and of the full diagonal, against that of the lower bound."""
+    """Peak memory of the pre-pass, of kind factored and of the full diagonal, against that of the lower bound."""
     of = "device memory" if runs["pre_pass"][0]["of"] == "device" else "resident set"
     rows = []
     for way, name, title, without, target in (
         ("pre_pass", "memory", "pre-pass / lower bound, peak memory", 0, 1.05),
         ("pre_pass", "memory_beyond_model", "the same, beyond what the loaded model takes", 1, None),
         ("recompute", "memory_beyond_model", "--recompute / lower bound, beyond the model", 1, None),
+        ("factored", "memory", "kind factored / lower bound, peak memory", 0, 1.05),
+        ("factored", "memory_beyond_model", "kind factored / lower bound, beyond the model", 1, None),
         ("diagonal", "memory", "full Fisher in batches / lower bound, peak memory", 0, None),
     ):
         # At least a byte: on an idle high-water mark nothing is added.
@@ -153,7 +157,7 @@ def memory_rows(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
 
 
 def merge_rows(
-    runs: Mapping[str, Mapping[str, Sequence[float]]], count: int, size: int, largest: int
+    runs: Mapping[str, Mapping[str, Sequence[float]]], count: int, size: int, largest: int, factored: int
 ) -> list[Row]:
     """``mergekit-yaml`` with this package's methods against stock mergekit's ``linear``.
 
@@ -162,15 +166,17 @@ def merge_rows(
         count: Models.
         size: Bytes of each.
         largest: Bytes of its largest tensor.
+        factored: Bytes of its sidecar of rows and columns.
     """
     limit = 1.05 if size >= 1e9 else None  # What starting takes weighs more in a small one.
     rows = []
     for method in (one for one in runs if one != "linear"):
-        target = limit if method == "fisher_mask" else None
+        target = None if method == "fisher_diagonal" else limit
+        shown = method.replace("nodes_all", "nodes: all")
         for name, title, aim, unit, scale in (
-            ("seconds", f"{method} / linear, time", target, "s", 1),
-            ("seconds_once_imported", f"{method} / linear, time once everything is imported", None, "s", 1),
-            ("peak", f"{method} / linear, peak memory", target, "MiB", MIB),
+            ("seconds", f"{shown} / linear, time", target, "s", 1),
+            ("seconds_once_imported", f"{shown} / linear, time once everything is imported", None, "s", 1),
+            ("peak", f"{shown} / linear, peak memory", target, "MiB", MIB),
         ):
             used = [runs[one][name] for one in (method, "linear")]
             medians = " and ".join(_short(statistics.median(values) / scale) for values in used)
@@ -189,6 +195,9 @@ def merge_rows(
         title = "the same, beyond linear's, in largest tensors of each input"
         detail = f"the largest has {largest / MIB:,.0f} MiB; what is mapped from files is counted"
         rows.append(Row("merge_fisher_diagonal_peak_beyond", title, beyond, detail, target=1.0))
+    if "nodes_all" in runs:
+        title, detail = "sidecar of kind factored / checkpoint, size", f"{factored:,} and {size:,} bytes"
+        rows.append(Row("factored_sidecar_over_checkpoint", title, [factored / size], detail, target=0.01))
     return rows
 
 

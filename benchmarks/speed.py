@@ -79,20 +79,21 @@ def given(options: argparse.Namespace, shape: str) -> list[object]:
 
 
 def merge_tables(options: argparse.Namespace, work: Path) -> Tables:
-    """One for each number of models; the baseline of every parameter, whose sidecars are twice the models, for the fewest."""
+    """One for each number of models; what goes by every parameter, by sidecars twice the models or by small ones, for the fewest."""
     counts = sorted(options.merge_models)
     of = ["--gib", options.merge_gib] if options.merge_gib else given(options, "base")
     folder = work / "merge"
     folder.mkdir()
-    sidecars = ["--mask", counts[-1], "--diagonal", counts[0], "--samples", MERGE_SAMPLES]
+    sidecars = ["--mask", counts[-1], "--samples", MERGE_SAMPLES]
+    sidecars += ["--factored", counts[0], "--diagonal", counts[0]]
     made = run_script("inputs.py", folder, *of, "--models", counts[-1], *sidecars, "--device", options.device)
     for count in counts:
-        methods = ("fisher_mask", "fisher_diagonal") if count == counts[0] else ("fisher_mask",)
+        methods = ["fisher_mask", *(["nodes_all", "fisher_diagonal"] if count == counts[0] else [])]
         repeats = min(options.repeats, MOST_MERGES)
         # Not worth its time where one run is all there is, or what is merged was merged before.
         warm = repeats == 1 or count > counts[0]
         runs = merge_runs(made["models"][:count], folder, repeats, methods, warm=warm)
-        rows = merge_rows(runs, count, made["bytes"], made["largest"])
+        rows = merge_rows(runs, count, made["bytes"], made["largest"], made["factored_sidecar"])
         yield {
             "part": "Merge",
             "case": f"{count} x {made['bytes'] / MIB:,.0f} MiB",

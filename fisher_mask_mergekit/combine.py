@@ -14,14 +14,14 @@ from fisher_mask_mergekit.blocks import CPU_BYTES, Index, blocks
 from fisher_mask_mergekit.diagonal_sidecar import (
     DiagonalSidecar,
     may_replace_diagonal,
-    read_diagonal,
     write_diagonal,
 )
 from fisher_mask_mergekit.errors import SidecarError
-from fisher_mask_mergekit.job import AnySidecar
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar, write_factored
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.request import DECISIVE
 from fisher_mask_mergekit.shown import one_line
-from fisher_mask_mergekit.sidecar import Measurement, Sidecar, fisher_dtype, may_replace, read, write
+from fisher_mask_mergekit.sidecar import Measurement, Sidecar, fisher_dtype, may_replace, write
 
 _FACTS = {"architecture", "task", "weights", "trust_remote_code", "max_length"}
 
@@ -46,11 +46,10 @@ def combine(paths: Sequence[Path], out: Path) -> AnySidecar:
         SidecarError: If one cannot be read or is not a share, one is missing or given twice, they are not of one
             request and checkpoint (names what differs), or the result cannot be written.
     """
-    shares = _in_order([read_diagonal(path) if path.is_dir() else read(path) for path in paths])
+    shares = _in_order([read_any(path) for path in paths])
     if out.resolve() in [path.resolve() for path in paths]:
         raise SidecarError(f"{out} is one of the shares; write the whole to another place")
-    is_diagonal = isinstance(shares[0], DiagonalSidecar)
-    if not (may_replace_diagonal(out) if is_diagonal else may_replace(out)):
+    if not (may_replace_diagonal(out) if isinstance(shares[0], DiagonalSidecar) else may_replace(out)):
         raise SidecarError(f"{out} exists and is no sidecar; it was left as it is")
     facts = _facts([share.metadata for share in shares])
     try:
@@ -58,6 +57,9 @@ def combine(paths: Sequence[Path], out: Path) -> AnySidecar:
             masks = [share for share in shares if isinstance(share, Sidecar)]
             if masks:
                 return _write_mask(masks, facts, out)
+            factored = [share for share in shares if isinstance(share, FactoredSidecar)]
+            if factored:
+                return _write_factored(factored, facts, out)
             return _write_diagonal([s for s in shares if isinstance(s, DiagonalSidecar)], facts, out)
     except OSError as error:
         raise SidecarError(f"cannot write {out}: {error.strerror or error}; nothing was written") from error
@@ -123,7 +125,7 @@ def _compared(sidecar: AnySidecar) -> Iterator[tuple[str, Any]]:
         yield "sites", sidecar.metadata.sites
         yield "values", {name: value.tolist() for name, value in sidecar.values.items()}
     else:
-        yield "tensors", [one.model_copy(update={"sha256": ""}) for one in sidecar.metadata.tensors]
+        yield "tensors", [one.model_dump(mode="json", exclude={"sha256"}) for one in sidecar.metadata.tensors]
         yield "views", sidecar.metadata.views
         yield "others", sidecar.metadata.others
 
@@ -172,12 +174,25 @@ def _write_mask(shares: Sequence[Sidecar], facts: Mapping[str, Any], out: Path) 
     return whole
 
 
+def _write_factored(
+    shares: Sequence[FactoredSidecar], facts: Mapping[str, Any], out: Path
+) -> FactoredSidecar:
+    factors = _factors(shares)
+    metadata = shares[0].metadata.model_copy(update={**facts, "mean": _mean(shares, factors)})
+    packed = {
+        name: _sum([share.packed[name] for share in shares], factors).to(torch.float32)
+        for name in shares[0].packed
+    }
+    whole = FactoredSidecar(metadata, packed, str(out))
+    write_factored(whole, out)
+    return whole
+
+
 def _write_diagonal(
     shares: Sequence[DiagonalSidecar], facts: Mapping[str, Any], out: Path
 ) -> DiagonalSidecar:
     factors = _factors(shares)
-    mean = math.fsum(factor * share.metadata.mean for factor, share in zip(factors, shares, strict=True))
-    metadata = shares[0].metadata.model_copy(update={**facts, "mean": mean})
+    metadata = shares[0].metadata.model_copy(update={**facts, "mean": _mean(shares, factors)})
 
     def fisher(name: str) -> Tensor:
         records = [share.records[name] for share in shares]
@@ -192,6 +207,11 @@ def _write_diagonal(
         return total
 
     return write_diagonal(metadata, fisher, out)
+
+
+def _mean(shares: Sequence[FactoredSidecar | DiagonalSidecar], factors: Sequence[float]) -> float:
+    """Over all parameters."""
+    return math.fsum(factor * share.metadata.mean for factor, share in zip(factors, shares, strict=True))
 
 
 def _factors(shares: Sequence[AnySidecar]) -> list[float]:

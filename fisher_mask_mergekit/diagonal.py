@@ -11,6 +11,7 @@ from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Labels
+from fisher_mask_mergekit.summed import Squares
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch, Task
 
@@ -82,7 +83,7 @@ def diagonal_fisher(
 
     Reference: Matena and Raffel 2022, arXiv 2111.09832.
     """
-    gradients = DiagonalGradients(model, _floating(model), tally or Tally())
+    gradients = DiagonalGradients(model, floating(model), Squares(), tally or Tally())
     gradients.tally.check_shapes({name: tuple(value.shape) for name, value in gradients.parameters.items()})
     with frozen(model), gradients.attached():
         run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
@@ -97,17 +98,22 @@ def _means(tally: Tally[str], parameters: Mapping[str, nn.Parameter]) -> Diagona
         total = tally.sums.pop(name, None)
         if total is None:
             total = torch.zeros_like(parameter, dtype=wide_dtype(parameter))
-        _check_finite(total, name)
+        check_finite(total, name)
         fisher[name] = total.div_(samples)
     return DiagonalFisher(fisher, samples, tally.loss / samples, tally.correct / samples, tally.one_by_one)
 
 
-def _floating(model: nn.Module) -> dict[str, nn.Parameter]:
+def floating(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, by its first name."""
     return {name: value for name, value in model.named_parameters() if value.is_floating_point()}
 
 
-def _check_finite(total: Tensor, name: str) -> None:
+def check_finite(total: Tensor, name: str) -> None:
+    """Refuse sums over a parameter's gradients that are no numbers.
+
+    Raises:
+        MeasurementError: If one is not (names the parameter and where).
+    """
     if not bool(total.isfinite().all()):
         place = (~total.isfinite()).nonzero()[0].tolist()
         raise MeasurementError(

@@ -1,4 +1,4 @@
-"""Squares of every sample's gradients, added while a backward pass goes by: hooks on all modules with parameters."""
+"""Every sample's gradients, summed as they are wanted while a backward pass goes by: hooks on all modules with parameters."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,17 +21,19 @@ from fisher_mask_mergekit.layer_gradients import (
     own_parameters,
     per_sample,
 )
+from fisher_mask_mergekit.summed import Summed
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
 
 @dataclass
 class DiagonalGradients:
-    """Hooks that add the squares of every sample's gradients, parameter by parameter, while they go by.
+    """Hooks that add up every sample's gradients, parameter by parameter, while they go by.
 
     Attributes:
         model: The model.
         parameters: What is measured.
+        summed: What is added of a gradient.
         tally: What was summed so far.
         samples: B of the forward pass.
         seen: If not None, gets what modules are given and give.
@@ -40,6 +42,7 @@ class DiagonalGradients:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
+    summed: Summed
     tally: Tally[str] = field(default_factory=Tally)
     samples: int = 1
     seen: Seen | None = None
@@ -151,7 +154,7 @@ class DiagonalGradients:
             if not output.requires_grad:
                 # The weights are frozen: here autograd starts. A leaf itself must not be changed in place.
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(partial(self._arrive, call, self._calls))
+            output.register_hook(partial(self._arrive, call.lean(args[0] if args else None), self._calls))
         return output
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> tuple[Call, Tensor]:
@@ -186,53 +189,48 @@ class DiagonalGradients:
         for own, parameter in own_parameters(call.module).items():
             name = self._names[id(parameter)]
             waiting = self._arrived.setdefault(name, [])
-            waiting.append((call, own, gradient))
-            if len(waiting) == calls[name]:
+            is_last = len(waiting) + 1 == calls[name]
+            waiting.append((call if is_last else call.kept(), own, gradient))
+            if is_last:
                 self._add(name)
 
     @torch.no_grad()
     def _add(self, name: str) -> None:
-        """Add the squares of what arrived for a parameter; several runs' gradients of a sample are summed first."""
+        """Add what arrived for a parameter; several runs' gradients of a sample are summed first."""
         arrived = self._arrived.pop(name)
-        total, (call, _, gradient) = self._sum(name), arrived[0]
+        total, (call, own, gradient) = self._sum(name), arrived[0]
+        # A model's layers may lie on several devices.
+        weight = None if self._weight is None else self._weight.to(total.device)
         with self._aside():
             if len(arrived) == 1 and call.kind == "embedding":
-                for sample, (rows, found) in enumerate(embedding_rows(call, gradient)):
-                    total.index_add_(0, rows, found.square() * self._factor(sample, found.device))
+                self.summed.add_rows(name, total, *embedding_rows(call, gradient), weight)
+                return
+            if len(arrived) == 1 and call.kind in ("linear", "transposed") and own == "weight":
+                self.summed.add_matrices(name, total, call, gradient, weight)
                 return
             several = [per_sample(*one) for one in arrived]
             if len(several) == 1 and isinstance(several[0], Tensor):
-                squares = several[0].square()
-                if self._weight is not None:
-                    # A model's layers may lie on several devices.
-                    squares = squares * self._weight.to(squares.device).reshape(-1, *[1] * total.ndim)
-                total += squares.sum(0)
+                self.summed.add(name, total, several[0], weight)
                 return
             for sample, parts in enumerate(zip(*several, strict=True)):
-                self._square(total, sum(parts[1:], start=parts[0]), sample)
+                factor = None if weight is None else weight[sample]
+                self.summed.add_one(name, total, sum(parts[1:], start=parts[0]), factor)
 
     @torch.no_grad()
     def _from_autograd(self, name: str, parameter: Tensor) -> None:
         """A parameter's gradient for a single sample."""
         assert parameter.grad is not None
-        total = self._sum(name)
-        self._square(total, parameter.grad.to(total.dtype), 0)
+        gradient = parameter.grad.to(wide_dtype(parameter))
+        factor = None if self._weight is None else self._weight[0].to(gradient.device)
+        self.summed.add_one(name, self._sum(name), gradient, factor)
         parameter.grad = None
-
-    def _square(self, total: Tensor, gradient: Tensor, sample: int) -> None:
-        other = gradient if self._weight is None else gradient * self._factor(sample, gradient.device)
-        total.addcmul_(gradient, other)
-
-    def _factor(self, sample: int, device: torch.device) -> Tensor | float:
-        return 1.0 if self._weight is None else self._weight[sample].to(device)
 
     def _sum(self, name: str) -> Tensor:
         """What to add to."""
         self._added = True
         sums = self.tally.sums
         if name not in sums:
-            parameter = self.parameters[name]
-            sums[name] = torch.zeros_like(parameter, dtype=wide_dtype(parameter), requires_grad=False)
+            sums[name] = self.summed.zeros(name, self.parameters[name])
         return sums[name]
 
     @contextmanager

@@ -12,26 +12,30 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fisher_mask_mergekit.blocks import CPU_BYTES, Index, blocks
-from fisher_mask_mergekit.checkpoint import modern
-from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError, first_line
-from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition
+from fisher_mask_mergekit.errors import SidecarError, first_line
+from fisher_mask_mergekit.parameter_records import (
+    AnyRecord,
+    ParameterMetadata,
+    ParameterRecord,
+    ParameterSidecar,
+    ViewRecord,
+    check_records,
+)
 from fisher_mask_mergekit.seal import damaged, digest, seal
-from fisher_mask_mergekit.sidecar import Measurement, Record, check_version, parse
-from fisher_mask_mergekit.sites import Count, Name
+from fisher_mask_mergekit.sidecar import check_version, parse
 from fisher_mask_mergekit.store import replace_folder, umask
-from fisher_mask_mergekit.untrusted import MOST_AXES, read_header, read_json, read_regular
+from fisher_mask_mergekit.untrusted import read_header, read_json, read_regular
 
 FORMAT_VERSION: Literal[1] = 1
 INDEX = "diagonal_fisher.json"
@@ -42,69 +46,30 @@ _MOST_INDEX_BYTES = 1 << 28
 _SHARD = r"diagonal_fisher-\d{5}-of-\d{5}\.safetensors"
 
 
-class _Known(Record):
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    shape: tuple[Count, ...] = Field(max_length=MOST_AXES)
-    values: tuple[float, ...] = Field(max_length=VALUES_PER_TENSOR)
-
-
-class TensorRecord(_Known):
+class TensorRecord(ParameterRecord):
     """One parameter's Fisher information.
 
     Attributes:
-        names: Of the parameter: first that in the loaded model, under which its shard has it; then others that it has
-            there or in the checkpoint's files.
-        shape: Its shape.
         shard: The file that has it.
         sha256: Of its values there, from when it is written on.
-        values: Some of the parameter's values, see :func:`~fisher_mask_mergekit.recognition.probe`.
     """
 
-    names: tuple[Name, ...] = Field(min_length=1)
     shard: str = Field(pattern=f"^{_SHARD}$")
     sha256: str = ""
 
 
-class ViewRecord(_Known):
-    """A tensor of the checkpoint's files that is a piece of a parameter, or a parameter transposed.
-
-    Attributes:
-        name: The tensor's.
-        source: The parameter's first name.
-        shape: The tensor's.
-        offset: Where in the parameter its first element is, in row-major order.
-        strides: How far apart in the parameter its neighbours along each axis are.
-        values: Some of the tensor's values.
-    """
-
-    name: Name
-    source: Name
-    offset: Count
-    strides: tuple[Count, ...] = Field(max_length=MOST_AXES)
-
-
-AnyRecord = TensorRecord | ViewRecord
-
-
-class DiagonalMetadata(Measurement):
+class DiagonalMetadata(ParameterMetadata):
     """Everything about a measurement but its numbers.
 
     Attributes:
-        mean: Over all parameters.
-        others: Tensors of the checkpoint's files that are no parameters: a merge averages them.
         tensors: The parameters.
-        views: Other shapes that they have in the checkpoint's files.
     """
 
-    mean: float = Field(ge=0, allow_inf_nan=False)
-    others: tuple[Name, ...]
     tensors: tuple[TensorRecord, ...] = Field(min_length=1)
-    views: tuple[ViewRecord, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonalSidecar:
+class DiagonalSidecar(ParameterSidecar):
     """One checkpoint's full diagonal Fisher information, of which nothing is in memory.
 
     Attributes:
@@ -115,30 +80,13 @@ class DiagonalSidecar:
     metadata: DiagonalMetadata
     folder: Path
     _checked: set[str] = field(default_factory=set, init=False, repr=False)
+    _means: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _files: dict[str, tuple[BinaryIO, dict[str, int]]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def source(self) -> str:
         """Where it was read from, for messages."""
         return str(self.folder)
-
-    @cached_property
-    def records(self) -> dict[str, AnyRecord]:
-        """By every name."""
-        views: dict[str, AnyRecord] = {record.name: record for record in self.metadata.views}
-        return views | {name: record for record in self.metadata.tensors for name in record.names}
-
-    @cached_property
-    def _recognition(self) -> Recognition:
-        known = {
-            name: (record.shape, torch.tensor(record.values, dtype=torch.float64, device="cpu"))
-            for name, record in self.records.items()
-        }
-        return Recognition(known, self._about)
-
-    @property
-    def _about(self) -> str:
-        return f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
 
     def _opened(self, shard: str) -> tuple[BinaryIO, dict[str, int]]:
         """A shard's file, and where in it each parameter's numbers begin, in bytes.
@@ -157,28 +105,6 @@ class DiagonalSidecar:
             self._files[shard] = file, starts
         return self._files[shard]
 
-    def identify(self, name: str, tensor: Tensor) -> AnyRecord | None:
-        """Which of the checkpoint's parameters this is, told by its values.
-
-        Args:
-            name: The name it goes by; where a merge moves layers, another layer's.
-            tensor: The tensor, in any floating-point dtype and on any device.
-
-        Returns:
-            Its record; None if it is no parameter.
-
-        Raises:
-            SidecarMismatchError: If the values are not this checkpoint's, or fit several layers; or if it knows
-                no tensor of such a name.
-        """
-        known = modern(name)
-        found = self._recognition.which(known, tensor)
-        if found is not None:
-            return self.records[found]
-        if {name, known} & set(self.metadata.others):
-            return None
-        raise SidecarMismatchError(f"{self._about}: it knows no tensor '{name}'")
-
     def fisher(self, record: AnyRecord, index: Index = ()) -> Tensor:
         """A tensor's Fisher information, or a block of it, float32, on the CPU.
 
@@ -187,15 +113,36 @@ class DiagonalSidecar:
         Raises:
             SidecarError: If it cannot be read, is damaged, is negative, or is not finite.
         """
-        whole = record if isinstance(record, TensorRecord) else self.records[record.source]
-        assert isinstance(whole, TensorRecord)
-        if whole.names[0] not in self._checked:  # A merge asks for many blocks and views.
-            self._check(whole)
-            self._checked.add(whole.names[0])
-        fisher = self._mapped(whole)
+        fisher = self._mapped(self._sound(record))
         if isinstance(record, ViewRecord):
             fisher = fisher.as_strided(record.shape, record.strides, record.offset)
         return fisher[index]
+
+    def whole(self, record: AnyRecord) -> TensorRecord:
+        """The parameter that a record is of, or of a piece of."""
+        found = super().whole(record)
+        assert isinstance(found, TensorRecord)
+        return found
+
+    def mean_of(self, record: AnyRecord) -> float:
+        """Mean over all of a parameter's elements; of a piece of one too, over the whole.
+
+        Raises:
+            SidecarError: As of :meth:`fisher`.
+        """
+        whole = self._sound(record)
+        if whole.names[0] not in self._means:
+            total = math.fsum(float(block.sum(dtype=torch.float64)) for block in self._blocks(whole))
+            self._means[whole.names[0]] = total / max(1, math.prod(whole.shape))
+        return self._means[whole.names[0]]
+
+    def _sound(self, record: AnyRecord) -> TensorRecord:
+        """The whole parameter of a record, its numbers checked once: a merge asks for many blocks and views."""
+        whole = self.whole(record)
+        if whole.names[0] not in self._checked:
+            self._check(whole)
+            self._checked.add(whole.names[0])
+        return whole
 
     def _mapped(self, record: TensorRecord) -> Tensor:
         file, starts = self._opened(record.shard)
@@ -295,7 +242,7 @@ def read_diagonal(folder: Path) -> DiagonalSidecar:
         SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
     """
     metadata = _read_index(folder / INDEX)
-    _check_names(metadata, folder)
+    check_records(metadata, f"{folder}: {INDEX}")
     shards: dict[str, dict[str, TensorRecord]] = {}
     for record in metadata.tensors:
         shards.setdefault(record.shard, {})[record.names[0]] = record
@@ -303,18 +250,6 @@ def read_diagonal(folder: Path) -> DiagonalSidecar:
     for shard, records in shards.items():
         _check_shard(sidecar, shard, records)
     return sidecar
-
-
-def _check_names(metadata: DiagonalMetadata, folder: Path) -> None:
-    names = [name for record in metadata.tensors for name in record.names]
-    names += [view.name for view in metadata.views]
-    if len(set(names)) != len(names):
-        raise SidecarError(f"{folder}: {INDEX} names a tensor twice")
-    sizes = {record.names[0]: math.prod(record.shape) for record in metadata.tensors}
-    for view in metadata.views:
-        last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=False))
-        if len(view.shape) != len(view.strides) or 0 in view.shape or last >= sizes.get(view.source, 0):
-            raise SidecarError(f"{folder}: {INDEX} takes '{view.name:.100}' from beyond '{view.source:.100}'")
 
 
 def _read_index(path: Path) -> DiagonalMetadata:

@@ -56,27 +56,27 @@ def check_options(
         raise RecipeError(
             "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
         )
-    if settings.kind == "diagonal" and recompute:
-        raise RecipeError("kind 'diagonal' keeps what every module is given; it takes no --recompute")
-    if is_in_parts(spread) and settings.kind == "diagonal":
+    if settings.kind != "mask" and recompute:
+        raise RecipeError(f"kind '{settings.kind}' keeps what every module is given; it takes no --recompute")
+    if is_in_parts(spread) and settings.kind != "mask":
         raise RecipeError(
-            f"kind 'diagonal' has a sum for every weight in every process; it takes no --spread {spread}"
+            f"kind '{settings.kind}' has sums for every weight in every process; it takes no --spread {spread}"
         )
     if is_in_parts(spread) and settings.estimator == "batch":
         raise RecipeError(
             f"estimator 'batch' may end with a smaller batch, which not all processes have; it takes no --spread {spread}"
         )
-    if settings.kind == "diagonal" and settings.dtype == "float16":
+    if settings.kind != "mask" and settings.dtype == "float16":
         raise RecipeError(
-            "kind 'diagonal' squares gradients before it is known whether a batch overflows; it takes no dtype float16: "
-            "take bfloat16 or float32"
+            f"kind '{settings.kind}' squares gradients before it is known whether a batch overflows; it takes no dtype "
+            "float16: take bfloat16 or float32"
         )
 
 
 def to_make_smaller(settings: FisherSettings) -> str:
     """What helps where memory lacks, of what :func:`check_options` lets pass."""
     size = "batch_size" if settings.estimator == "batch" else "--batch-tokens"
-    return f"{size} or max_length" + ("" if settings.kind == "diagonal" else ", --recompute")
+    return f"{size} or max_length" + (", --recompute" if settings.kind == "mask" else "")
 
 
 def batch_limits(

@@ -24,7 +24,7 @@ from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import FisherSettings, Kind
 from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of, skeleton
@@ -119,9 +119,9 @@ def prepare(
         model = skeleton(kind, deepcopy(config))
     is_mask = settings.kind == "mask"
     sites = _find_sites(checkpoint, model, shapes) if is_mask else ()
-    parameters = None if is_mask else _find_parameters(checkpoint, model, shapes)
+    parameters = None if is_mask else _find_parameters(checkpoint, model, shapes, settings.kind)
     target = out or store.of_share(store.destination(checkpoint, settings.kind), settings.share)
-    if writes and not ((out is None or may_replace(target)) if is_mask else may_replace_diagonal(target)):
+    if writes and not _may_write(target, settings.kind, chosen=out is not None):
         raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
     weights = digest_of(read_tensors(checkpoint, shapes))
     places = () if force else [target] if out or settings.share else store.find_all(checkpoint, settings.kind)
@@ -189,6 +189,13 @@ def measured_meanwhile(job: Job) -> AnySidecar | None:
     return found if found and found.metadata.data.digest == job.data.digest else None
 
 
+def _may_write(target: Path, kind: Kind, *, chosen: bool) -> bool:
+    """Whether nothing but a sidecar can be lost: only what the user chose can be anything else's, or a folder."""
+    if kind == "diagonal":
+        return may_replace_diagonal(target)
+    return not chosen or may_replace(target)
+
+
 def _same_request(
     path: Path, weights: str, settings: FisherSettings, task: Task, sites: tuple[Site, ...]
 ) -> AnySidecar | None:
@@ -234,11 +241,11 @@ def _find_sites(
 
 
 def _find_parameters(
-    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], kind: Kind
 ) -> ParameterNames:
     try:
         return parameter_names(model, shapes)
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.name}: kind 'diagonal' does not support its layout: {error}"
+            f"{checkpoint.name}: kind '{kind}' does not support its layout: {error}"
         ) from error

@@ -1,13 +1,15 @@
 """Per-sample gradients of one module's parameters, from what went into it and the gradient of what came out."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+
+from fisher_mask_mergekit.activations import Remake, remake_of
 
 Kind = Literal["linear", "transposed", "embedding", "scale", "other"]
 """How a module's parameters enter its output, see :func:`kind_of`."""
@@ -23,6 +25,7 @@ class Call:
         samples: How many samples.
         args: What it was given.
         kwargs: Likewise.
+        remake: If not None, makes its only argument again, which is then not kept.
         versions: Of its tensor arguments: how often each had been changed in place.
     """
 
@@ -31,6 +34,7 @@ class Call:
     samples: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    remake: Remake | None = None
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,6 +43,26 @@ class Call:
     def tensors(self) -> list[Tensor]:
         """Its tensor arguments."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+    def given(self) -> Tensor:
+        """Its first argument."""
+        first: Tensor = self.args[0] if self.remake is None else self.remake(slice(None))
+        return first
+
+    def lean(self, given: Any) -> "Call":
+        """The same without its input, where a linear module's can be made again as long as its graph is there.
+
+        Args:
+            given: The input, as part of the graph.
+        """
+        # What was changed in place, no operation's own result is.
+        fresh = self.kind in ("linear", "transposed") and given._version == 0
+        remake = remake_of(given) if fresh else None
+        return self if remake is None else replace(self, args=(), kwargs={}, remake=remake)
+
+    def kept(self) -> "Call":
+        """The same for when the graph is gone."""
+        return self if self.remake is None else replace(self, args=(self.given(),), remake=None)
 
     def is_intact(self) -> bool:
         """Whether its tensor arguments are still what they were."""
@@ -122,34 +146,41 @@ def per_sample(call: Call, name: str, gradient: Tensor) -> Iterable[Tensor]:
             product = product * factor.to(wide)
         return product.reshape(call.samples, -1, *shape).sum(1)
     if call.kind in ("linear", "transposed"):
-        return _matrices(call, gradient, wide)
+        return matrices(call, gradient)
     if call.kind == "embedding":
-        return _dense(call, gradient, wide, shape)
+        return _dense(call, gradient, shape)
     return _by_autograd(call, name, gradient, wide)
 
 
-def _matrices(call: Call, gradient: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
-    rows = zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True)
+def matrices(call: Call, gradient: Tensor) -> Iterator[Tensor]:
+    """Every sample's gradient of the matrix of a linear module, one after the other."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    rows = zip(call.given().chunk(call.samples), gradient.chunk(call.samples), strict=True)
     for given, backward in rows:
         x, g = given.flatten(0, -2).to(wide), backward.flatten(0, -2).to(wide)
         yield x.T @ g if call.kind == "transposed" else g.T @ x
 
 
-def embedding_rows(call: Call, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of every sample, the rows of an embedding that it reads ``[U]`` and their gradients ``[U, D]``."""
+def embedding_rows(call: Call, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all rows of an embedding that samples read: the sample ``[U]``, the row ``[U]``, its gradient ``[U, D]``."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    for ids, backward in zip(call.args[0].chunk(call.samples), gradient.chunk(call.samples), strict=True):
-        rows, position = ids.flatten().unique(return_inverse=True)
-        found = backward.new_zeros(len(rows), backward.shape[-1], dtype=wide)
-        found.index_add_(0, position, backward.flatten(0, -2).to(wide))
-        if call.module.padding_idx is not None:
-            found[rows == call.module.padding_idx] = 0
-        yield rows, found
+    count = len(own_parameters(call.module)["weight"])
+    ids = call.args[0].reshape(call.samples, -1).long()
+    first = count * torch.arange(call.samples, device=ids.device)[:, None]
+    read, position = (ids + first).flatten().unique(return_inverse=True)
+    found = gradient.new_zeros(len(read), gradient.shape[-1], dtype=wide)
+    found.index_add_(0, position, gradient.flatten(0, -2).to(wide))
+    rows = read % count
+    if call.module.padding_idx is not None:
+        found[rows == call.module.padding_idx] = 0
+    return read // count, rows, found
 
 
-def _dense(call: Call, gradient: Tensor, wide: torch.dtype, shape: torch.Size) -> Iterator[Tensor]:
-    for rows, found in embedding_rows(call, gradient):
-        yield found.new_zeros(shape, dtype=wide).index_copy_(0, rows, found)
+def _dense(call: Call, gradient: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+    samples, rows, found = embedding_rows(call, gradient)
+    for sample in range(call.samples):
+        own = samples == sample
+        yield found.new_zeros(shape).index_copy_(0, rows[own], found[own])
 
 
 def _by_autograd(call: Call, name: str, gradient: Tensor, wide: torch.dtype) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """The pre-pass for all parameters: the model as it must be loaded, its Fisher information, and the sidecar of it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from fisher_mask_mergekit.diagonal_sidecar import (
     DiagonalMetadata,
     DiagonalSidecar,
     TensorRecord,
-    ViewRecord,
     plan_shards,
     write_diagonal,
 )
 from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.factored import FactoredFisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import load_model, settle_dtype
+from fisher_mask_mergekit.parameter_names import ParameterNames
+from fisher_mask_mergekit.parameter_records import ViewRecord
 from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
@@ -55,19 +57,20 @@ def load(job: Job, inputs: Inputs, *, in_layers: bool = False) -> tuple[nn.Modul
         view = names.views.get(name)
         loaded = probe(view.of(parameter) if view else parameter)
         if not torch.equal(value.to(loaded.dtype), loaded):
-            raise _unsupported(job, f"hold {name} with other values than {sources[name]} has once loaded")
+            raise unsupported(job, f"hold {name} with other values than {sources[name]} has once loaded")
         values[name if view else sources[name]] = value
         if view:
             values.setdefault(view.source, probe(parameter))
     if lacking := sorted(names.names.keys() - values.keys()):
-        raise _unsupported(job, f"have no {lacking[0]}")
+        raise unsupported(job, f"have no {lacking[0]}")
     settle_dtype(model, wide, dtype)
     return model, values
 
 
-def _unsupported(job: Job, what: str) -> CheckpointError:
+def unsupported(job: Job, what: str) -> CheckpointError:
+    """The error of a layout that this kind cannot be measured in."""
     return CheckpointError(
-        f"{job.checkpoint.name}: kind 'diagonal' does not support its layout: its files {what}"
+        f"{job.checkpoint.name}: kind '{job.settings.kind}' does not support its layout: its files {what}"
     )
 
 
@@ -112,28 +115,39 @@ def save(
     mean = math.fsum(float(fisher.mean()) * fisher.numel() / count for fisher in measured.fisher.values())
     records = tuple(
         TensorRecord(
-            names=names.names[name],
-            shape=shape,
-            shard=shards[name],
-            values=tuple(values[name].double().tolist()),
+            names=names.names[name], shape=shape, shard=shards[name], values=stored_values(values[name])
         )
         for name, shape in shapes.items()
     )
-    views = tuple(
+    metadata = DiagonalMetadata(
+        format_version=FORMAT_VERSION,
+        mean=mean,
+        others=names.others,
+        tensors=records,
+        views=view_records(names, values),
+        **facts,
+    )
+    return write_diagonal(metadata, measured.fisher.__getitem__, job.target)
+
+
+def stored_values(values: Tensor) -> tuple[float, ...]:
+    """What a parameter is known by, as a record has it."""
+    return tuple(values.double().tolist())
+
+
+def view_records(names: ParameterNames, values: Mapping[str, Tensor]) -> tuple[ViewRecord, ...]:
+    """The pieces in which the checkpoint's files hold parameters."""
+    return tuple(
         ViewRecord(
             name=name,
             source=view.source,
             shape=view.shape,
             offset=view.offset,
             strides=view.strides,
-            values=tuple(values[name].double().tolist()),
+            values=stored_values(values[name]),
         )
         for name, view in names.views.items()
     )
-    metadata = DiagonalMetadata(
-        format_version=FORMAT_VERSION, mean=mean, others=names.others, tensors=records, views=views, **facts
-    )
-    return write_diagonal(metadata, measured.fisher.__getitem__, job.target)
 
 
 def keys(job: Job) -> dict[str, str]:
@@ -142,7 +156,7 @@ def keys(job: Job) -> dict[str, str]:
     return {name: name for name in job.parameters.names}
 
 
-def notes(measured: DiagonalFisher) -> list[str]:
+def notes(measured: DiagonalFisher | FactoredFisher) -> list[str]:
     """What the user should know of this measurement."""
     silent = sum(not bool(fisher.any()) for fisher in measured.fisher.values())
     if not silent:

@@ -1,7 +1,7 @@
 """Samples through a checkpoint's model, in one process or several: Fisher information, and nothing written."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit import measure_diagonal, measure_mask
+from fisher_mask_mergekit import measure_diagonal, measure_factored, measure_mask
 from fisher_mask_mergekit.batches import batches_in_step, dealt, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.execution import (
@@ -20,12 +20,16 @@ from fisher_mask_mergekit.execution import (
     model_errors,
     to_make_smaller,
 )
+from fisher_mask_mergekit.factored import FactoredFisher
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.placing import placed
 from fisher_mask_mergekit.processes import ALONE, Processes, contact_within
+from fisher_mask_mergekit.settings import Kind
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
+
+AnyFisher = MaskFisher | FactoredFisher | DiagonalFisher
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Measured:
         notes: What the user should know.
     """
 
-    fisher: MaskFisher | DiagonalFisher
+    fisher: AnyFisher
     values: dict[str, Tensor]
     seconds: float
     notes: tuple[str, ...]
@@ -122,4 +126,11 @@ def measure(
 
 def kind_of(job: Job) -> Any:
     """The module that measures what is asked for."""
-    return measure_mask if job.settings.kind == "mask" else measure_diagonal
+    return _KINDS[job.settings.kind]
+
+
+_KINDS: Mapping[Kind, Any] = {
+    "mask": measure_mask,
+    "factored": measure_factored,
+    "diagonal": measure_diagonal,
+}

@@ -19,7 +19,7 @@ from fisher_mask_mergekit.checkpoint import Checkpoint
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNotFoundError
 from fisher_mask_mergekit.recipe import RecipeModel, read_recipe
 from fisher_mask_mergekit.settings import Kind
-from fisher_mask_mergekit.sidecar import EitherKind, Measurement, OfEitherKind, whole
+from fisher_mask_mergekit.sidecar import AnyKind, Measurement, OfAnyKind, whole
 from fisher_mask_mergekit.weighting import counted_weight
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _say_base_does_not_count(base: str, model: str) -> None:
     )
 
 
-def compare_measurements(sidecars: Sequence[OfEitherKind | None]) -> None:
+def compare_measurements(sidecars: Sequence[OfAnyKind | None]) -> None:
     """Warn of Fisher information that was not measured alike: its scales do not compare."""
     _warn_of_kinds(frozenset(_measurement(known.metadata) for known in sidecars if known is not None))
 
@@ -103,8 +103,8 @@ def _warn_of_kinds(kinds: frozenset[tuple[str, ...]]) -> None:
 
 
 def find_sidecar(
-    model: Hashable, given: str, kind: Kind, missing: Missing, read: Callable[[Path, int, int], EitherKind]
-) -> EitherKind | None:
+    model: Hashable, given: str, kind: Kind, missing: Missing, read: Callable[[Path, int, int], AnyKind]
+) -> AnyKind | None:
     """A model's sidecar, where the recipe says it is, else beside the checkpoint or in the cache.
 
     Args:

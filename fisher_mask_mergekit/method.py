@@ -18,7 +18,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
-from fisher_mask_mergekit.errors import SidecarMismatchError
+from fisher_mask_mergekit.errors import RecipeError, SidecarMismatchError
 from fisher_mask_mergekit.merging import (
     Missing,
     compare_measurements,
@@ -27,6 +27,8 @@ from fisher_mask_mergekit.merging import (
     find_sidecar,
     merge_errors,
 )
+from fisher_mask_mergekit.parameter_merge import NormalizeParameters, merge_parameters
+from fisher_mask_mergekit.recipe import ALL
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.weighting import Found, Nodes, Normalize, Scheme, Unmasked, fisher_rows, merge_rows
 
@@ -43,7 +45,9 @@ class FisherMaskMerge(GroupMergeMethod):
 
     Parameters for the merge:
 
-    - ``nodes``: ``paper``; ``columns``, which weighs the FFN's output projection too, its columns by neuron Fisher.
+    - ``nodes``: ``paper``; ``columns``, which weighs the FFN's output projection too, its columns by neuron Fisher; or
+      ``all``: every parameter by the Fisher information that its row and its column make of it, from sidecars of kind
+      factored. Then ``normalize`` is ``none``, or ``model`` or ``tensor``: the mean over all parameters, or the tensor's.
     - ``values``: ``true`` weighs the values too: their rows by the key-value heads' Fisher, and the columns of the
       attention's output projection by the heads'.
     - ``normalize``: ``none``; ``model`` or ``layer``, which divide a model's Fisher information by its own
@@ -94,6 +98,9 @@ def _merge(
     missing: Missing,
     **scheme: Any,
 ) -> Tensor:
+    if scheme["nodes"] == ALL:
+        by = _without_masks(**scheme)
+        return merge_parameters(group, name, weight, sidecar, by, missing, "factored")
     inputs = counted_inputs(group, weight)
     if isinstance(inputs, Tensor):
         return inputs
@@ -105,6 +112,21 @@ def _merge(
     ]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, Scheme(**scheme)))
+
+
+def _without_masks(
+    nodes: Nodes, values: bool, normalize: Normalize, unmasked: Unmasked
+) -> NormalizeParameters:
+    """Refuse what has no meaning where all tensors are weighed by numbers of their own."""
+    if values:
+        raise RecipeError("values: true is about masks; nodes: all weighs the values, too, as it is")
+    if unmasked != "average":
+        raise RecipeError(
+            f"unmasked: {unmasked} is about tensors without mask nodes; nodes: {nodes} leaves none"
+        )
+    if normalize == "layer":
+        raise RecipeError("normalize: layer is about sites of masks; nodes: all takes none, model or tensor")
+    return normalize
 
 
 def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:

@@ -13,12 +13,10 @@ import torch
 
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import file_states
-from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import Spread
-from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import Inputs, Job, measured_meanwhile
-from fisher_mask_mergekit.measuring import Measured, kind_of, measure
+from fisher_mask_mergekit.measuring import AnyFisher, Measured, kind_of, measure
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
 from fisher_mask_mergekit.processes import ALONE, Processes
@@ -222,9 +220,7 @@ def _replaced(job: Job) -> list[str]:
     return [f"replaced the sidecar measured with {', '.join(other)}; --out keeps both"] if other else []
 
 
-def _facts(
-    job: Job, inputs: Inputs, measured: MaskFisher | DiagonalFisher, device: torch.device
-) -> dict[str, Any]:
+def _facts(job: Job, inputs: Inputs, measured: AnyFisher, device: torch.device) -> dict[str, Any]:
     """What every kind of sidecar says of its measurement, as the fields of :class:`Measurement`."""
     return {
         "checkpoint": job.checkpoint.name,

@@ -10,7 +10,7 @@ from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sidecar import Measurement
 
-_OUT = {"mask": "reproduced.safetensors", "diagonal": "reproduced"}
+_OUT = {"mask": "reproduced.safetensors", "factored": "reproduced.safetensors", "diagonal": "reproduced"}
 
 
 def checkpoint_of(metadata: Measurement) -> str:
@@ -35,7 +35,7 @@ def reproducing_command(metadata: Measurement) -> str:
     ``--trust-remote-code`` is nobody's to ask for but whoever runs it.
 
     Args:
-        metadata: A sidecar's, of either kind.
+        metadata: A sidecar's, of any kind.
     """
     checkpoint = checkpoint_of(metadata)
     if checkpoint.startswith("-"):  # Not an option.

@@ -14,8 +14,8 @@ from fisher_mask_mergekit.untrusted import MOST_RECIPE_BYTES, checked_name, read
 
 METHOD = "fisher_mask"
 DIAGONAL_METHOD = "fisher_diagonal"
-KIND_OF_METHOD: dict[str, Kind] = {METHOD: "mask", DIAGONAL_METHOD: "diagonal"}
-"""What a merge method goes by, and so what is measured for it unless the recipe or an option says otherwise."""
+ALL = "all"
+"""Of the nodes that ``fisher_mask`` can go by: every row and column of every parameter."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,15 @@ class Recipe:
     Attributes:
         path: The file.
         method: Its ``merge_method``.
+        kind: What its method goes by, and so what is measured for it unless the recipe or an option says otherwise; None
+            for methods that use no sidecars.
         models: Each model once, in order of appearance; the base model last if nothing else names it.
         document: All of it, as the YAML has it.
     """
 
     path: Path
     method: str
+    kind: Kind | None
     models: tuple[RecipeModel, ...]
     document: Mapping[str, Any]
 
@@ -80,7 +83,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     if not isinstance(document, dict) or not isinstance(document.get("merge_method"), str):
         raise RecipeError(f"{path} is not a mergekit recipe: it has no merge_method")
     defaults = _mapping(document.get("fisher"), "fisher", path)
-    if (kind := KIND_OF_METHOD.get(document["merge_method"])) is not None:
+    kind = _kind(document, path)
+    if kind is not None:
         defaults = {"kind": kind, **defaults}
     _settings({**defaults, **(overrides or {})}, f"{path}: fisher")
     found: dict[str, list[dict[str, Any]]] = {}
@@ -96,11 +100,31 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     return Recipe(
         path,
         document["merge_method"],
+        kind,
         tuple(
             _model(name, entries, defaults, overrides or {}, base, path) for name, entries in found.items()
         ),
         document,
     )
+
+
+def _kind(document: dict[str, Any], path: Path) -> Kind | None:
+    """What the recipe's method goes by."""
+    if document["merge_method"] == DIAGONAL_METHOD:
+        return "diagonal"
+    if document["merge_method"] != METHOD:
+        return None
+    kinds: set[Kind] = set()
+    for levels in places(document, path):
+        nodes = None
+        for level in levels[:-1]:  # An entry's own is not read by mergekit: it is one value for all models.
+            nodes = _mapping(level.get("parameters"), "parameters", path).get("nodes", nodes)
+        kinds.add("factored" if nodes == ALL else "mask")
+    if len(kinds) > 1:
+        raise RecipeError(
+            f"{path}: nodes: {ALL} holds for some tensors only; a merge has one kind of sidecars"
+        )
+    return kinds.pop() if kinds else "mask"
 
 
 def _model(

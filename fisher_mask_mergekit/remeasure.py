@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import DataError, MeasurementError, RecipeError
+from fisher_mask_mergekit.factored import FactoredFisher
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.fisher import MaskFisher
 from fisher_mask_mergekit.job import Inputs, Job, prepare
-from fisher_mask_mergekit.measuring import Measured, measure
+from fisher_mask_mergekit.measuring import AnyFisher, Measured, measure
 from fisher_mask_mergekit.opening import AnySidecar
 from fisher_mask_mergekit.passes import is_out_of_memory
 from fisher_mask_mergekit.provenance import data_of
@@ -146,7 +148,7 @@ def _memory_errors(name: str, settings: FisherSettings) -> Iterator[None]:
         if error.__cause__ is None or not is_out_of_memory(error.__cause__):
             raise
         tokens = "" if settings.estimator == "batch" else "a smaller --batch-tokens, "
-        layers = "" if settings.kind == "diagonal" else "--recompute-layers, "
+        layers = "--recompute-layers, " if settings.kind == "mask" else ""
         raise MeasurementError(
             f"the device has too little memory for {name}; take {tokens}{layers}or another --device"
         ) from error
@@ -212,7 +214,7 @@ def _loaded_values(sidecar: AnySidecar, values: Mapping[str, Tensor]) -> Iterato
 def _numbers(sidecar: AnySidecar, found: Measured, count: int) -> Check:
     metadata = sidecar.metadata
     share, slack = count / metadata.samples, rounding(metadata.settings.dtype)
-    floor = _root_mean(found.fisher) if isinstance(found.fisher, DiagonalFisher) else 0.0
+    floor = 0.0 if isinstance(found.fisher, MaskFisher) else _root_mean(found.fisher)
     wrong, total, likeness = [], 0, {}
     for name, stored, again in _vectors(sidecar, found.fisher):
         total += stored.numel()
@@ -246,19 +248,24 @@ def _numbers(sidecar: AnySidecar, found: Measured, count: int) -> Check:
     )  # fmt: skip
 
 
-def _root_mean(found: DiagonalFisher) -> float:
+def _root_mean(found: DiagonalFisher | FactoredFisher) -> float:
     """Over all parameters."""
+    if isinstance(found, FactoredFisher):
+        return math.sqrt(found.mean)
     count = sum(fisher.numel() for fisher in found.fisher.values())
     return math.sqrt(math.fsum(float(fisher.double().sum()) for fisher in found.fisher.values()) / count)
 
 
-def _vectors(sidecar: AnySidecar, found: MaskFisher | DiagonalFisher) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, stored and measured numbers of every kind of node at every site, or of every parameter."""
+def _vectors(sidecar: AnySidecar, found: AnyFisher) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, stored and measured numbers of every kind of node at every site, or of every parameter or its rows and columns."""
     measured: Mapping[Any, Tensor] = found.fisher
     if isinstance(sidecar, Sidecar):
         for output, vectors in sidecar.fisher.items():
             for node, stored in vectors.items():
                 yield f"{output}.{node}", stored, measured[output, node].cpu()
+    elif isinstance(sidecar, FactoredSidecar):
+        for name, stored in sidecar.packed.items():
+            yield name, stored, measured[name].cpu()
     else:
         for record in sidecar.metadata.tensors:
             yield record.names[0], sidecar.fisher(record), measured[record.names[0]].cpu()
@@ -284,7 +291,7 @@ def _correlation(stored: Tensor, again: Tensor) -> float:
     )
 
 
-def _means(metadata: Measurement, found: MaskFisher | DiagonalFisher, slack: float) -> list[str]:
+def _means(metadata: Measurement, found: AnyFisher, slack: float) -> list[str]:
     """Loss and accuracy, if they are others. Rounding may decide one sample's prediction."""
     wrong = []
     if abs(found.loss - metadata.loss) > slack * max(1, abs(found.loss)):

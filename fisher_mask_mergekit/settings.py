@@ -16,7 +16,7 @@ TaskName = Literal[
     "causal-lm",
     "seq2seq-lm",
 ]
-Kind = Literal["mask", "diagonal"]
+Kind = Literal["mask", "factored", "diagonal"]
 Loss = Literal["mean", "sum"]
 Estimator = Literal["sample", "batch"]
 MaskPlacement = Literal["post", "pre"]
@@ -61,7 +61,8 @@ class FisherSettings(_Settings):
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
         labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels.
         dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
-        kind: What is measured: mask nodes (``mask``), or every parameter by itself (``diagonal``).
+        kind: What is measured: mask nodes (``mask``), every parameter by itself (``diagonal``), or the means of that
+            over rows and columns (``factored``).
     """
 
     data: DataName | None = None
@@ -125,9 +126,9 @@ class FisherSettings(_Settings):
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
             )
-        if self.kind == "diagonal" and (self.estimator, self.mask_placement) != ("sample", "post"):
+        if self.kind != "mask" and (self.estimator, self.mask_placement) != ("sample", "post"):
             raise ValueError(
-                "kind 'diagonal' squares every sample's gradients and has no masks; it takes estimator sample and "
+                f"kind '{self.kind}' squares every sample's gradients and has no masks; it takes estimator sample and "
                 "mask_placement post"
             )
         return self

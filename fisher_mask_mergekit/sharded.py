@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.processes import Processes
 from fisher_mask_mergekit.recompute import layer_path
 from fisher_mask_mergekit.sites import Site
@@ -31,16 +30,10 @@ def shard(
         processes: Which share the model.
         device: Where this one runs it.
         offload: Whether parts stay in the processor's memory while they are not needed.
-
-    Raises:
-        RecipeError: If torch is too old.
     """
-    try:
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-    except ImportError as error:
-        raise RecipeError(f"weights in parts take torch 2.6 or later; this is {torch.__version__}") from error
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     _take_dtypes(bare, processes.told(None if whole is None else _dtypes(whole)))
     mesh = init_device_mesh(device.type, (processes.count,))

@@ -36,6 +36,7 @@ from fisher_mask_mergekit.untrusted import (
 
 FORMAT_VERSION: Literal[1] = 1
 METADATA_KEY = "fisher_mask_mergekit"
+FACTORED_KEY = "fisher_mask_mergekit_factored"
 
 
 class Record(BaseModel):
@@ -127,8 +128,8 @@ class Measurement(Record):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-class OfEitherKind(Protocol):
-    """What both kinds of sidecars have."""
+class OfAnyKind(Protocol):
+    """What sidecars of all kinds have."""
 
     @property
     def metadata(self) -> Measurement:
@@ -139,7 +140,7 @@ class OfEitherKind(Protocol):
         """Where it was read from, for messages."""
 
 
-EitherKind = TypeVar("EitherKind", bound=OfEitherKind)
+AnyKind = TypeVar("AnyKind", bound=OfAnyKind)
 
 
 class Metadata(Measurement):
@@ -215,7 +216,7 @@ def fisher_dtype(settings: FisherSettings) -> torch.dtype:
     return torch.float32 if settings.share is None else torch.float64
 
 
-def whole(sidecar: EitherKind) -> EitherKind:
+def whole(sidecar: AnyKind) -> AnyKind:
     """The same, unless it was measured on a share of the samples only.
 
     Raises:
@@ -303,6 +304,10 @@ def may_replace(path: Path) -> bool:
 
 
 def _metadata_text(header: bytes, path: Path) -> str:
+    if f'"{FACTORED_KEY}"'.encode() in header:
+        raise SidecarError(
+            f"{path} is a sidecar of rows and columns, which fisher_mask takes with nodes: all; it has no mask nodes"
+        )
     try:
         text = read_json(header.decode(), path)["__metadata__"][METADATA_KEY]
         version = read_json(text, path)["format_version"]

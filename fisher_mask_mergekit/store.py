@@ -20,9 +20,10 @@ from fisher_mask_mergekit.settings import Kind
 
 # A subfolder, because some inference servers load every .safetensors file at the top level.
 BESIDE = Path("fisher") / "mask_fisher.safetensors"
+FACTORED_BESIDE = Path("fisher") / "factored_fisher.safetensors"
 DIAGONAL_BESIDE = Path("fisher") / "diagonal"  # A folder: as large as the weights, so in shards.
 _INPUTS = (".safetensors", ".yml", ".yaml")
-_PLACES: dict[Kind, Path] = {"mask": BESIDE, "diagonal": DIAGONAL_BESIDE}
+PLACES: dict[Kind, Path] = {"mask": BESIDE, "factored": FACTORED_BESIDE, "diagonal": DIAGONAL_BESIDE}
 
 
 def cache_folder() -> Path:
@@ -45,7 +46,7 @@ def cached(checkpoint: Checkpoint, kind: Kind = "mask") -> Path:
         ]
         digest = hashlib.sha256("+".join(paths).encode()).hexdigest()[:16]
         key = f"local--{Path(paths[-1]).name}-{digest}"
-    return cache_folder() / key / _PLACES[kind].name
+    return cache_folder() / key / PLACES[kind].name
 
 
 def absolute(name: str) -> str:
@@ -63,13 +64,13 @@ def _beside(checkpoint: Checkpoint, kind: Kind) -> Path | None:
     """In the checkpoint's folder; in the adapter's, if that is what was measured and it lies here."""
     reference = adapted(checkpoint.name)
     if reference is None:
-        return checkpoint.folder / _PLACES[kind]
-    return Path(reference[2]) / _PLACES[kind] if Path(reference[2]).is_dir() else None
+        return checkpoint.folder / PLACES[kind]
+    return Path(reference[2]) / PLACES[kind] if Path(reference[2]).is_dir() else None
 
 
 def find_all(checkpoint: Checkpoint, kind: Kind = "mask") -> Iterator[Path]:
     """The checkpoint's sidecars of a kind in the order a merge prefers them: beside it, then in the cache."""
-    is_there = Path.is_file if kind == "mask" else Path.is_dir
+    is_there = Path.is_dir if kind == "diagonal" else Path.is_file
     if (beside := _beside(checkpoint, kind)) and is_there(beside):
         yield beside
     if is_there(kept := cached(checkpoint, kind)):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate, read_tensors, tensor_shapes
-from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar
 from fisher_mask_mergekit.opening import AnySidecar, is_diagonal, open_sidecar
+from fisher_mask_mergekit.parameter_records import ParameterSidecar
 from fisher_mask_mergekit.provenance import checkpoint_of
 from fisher_mask_mergekit.recognition import probe
 from fisher_mask_mergekit.sidecar import Sidecar, digest_of
@@ -41,7 +41,7 @@ class Check:
 
 
 def find(target: str) -> tuple[AnySidecar, str | None]:
-    """A sidecar of either kind, and the checkpoint's folder that it was asked for by or lies in, if there is one.
+    """A sidecar of any kind, and the checkpoint's folder that it was asked for by or lies in, if there is one.
 
     Args:
         target: The sidecar, on the hub (``hub:``) or here, or the folder of the checkpoint that it belongs to.
@@ -55,7 +55,7 @@ def find(target: str) -> tuple[AnySidecar, str | None]:
     place = Path(target)
     if place.is_dir() and not is_diagonal(place):
         return sidecar, target
-    beside = store.BESIDE if isinstance(sidecar, Sidecar) else store.DIAGONAL_BESIDE
+    beside = store.PLACES[sidecar.metadata.settings.kind]
     path = place.absolute()
     lies_in_one = path.parts[-2:] == beside.parts and (path.parents[1] / "config.json").is_file()
     return sidecar, str(path.parents[1]) if lies_in_one else None
@@ -71,11 +71,10 @@ def check_file(sidecar: AnySidecar) -> Check:
     whole = f"{sidecar.source} is whole: {metadata.samples} samples, {metadata.described_checkpoint}"
     if isinstance(sidecar, Sidecar):
         return Check("file", "ok", whole)
-    records = sidecar.metadata.tensors
-    count = sum(torch.Size(record.shape).numel() for record in records)
-    mean = math.fsum(float(sidecar.fisher(record).double().sum()) for record in records) / max(1, count)
+    sizes = {record: math.prod(record.shape) for record in sidecar.metadata.tensors}
+    mean = math.fsum(sidecar.mean_of(one) * size for one, size in sizes.items()) / max(1, sum(sizes.values()))
     if not math.isclose(mean, sidecar.metadata.mean, rel_tol=_MEAN_TOLERANCE):
-        stored = f"its index says that it is {sidecar.metadata.mean:.6e}"
+        stored = f"its metadata says that it is {sidecar.metadata.mean:.6e}"
         return Check("file", "failed", f"{sidecar.source}: the mean over all numbers is {mean:.6e}, {stored}")
     return Check("file", "ok", whole)
 
@@ -143,7 +142,7 @@ def no_checkpoint(sidecar: AnySidecar) -> Check:
 
 def kept_values(sidecar: AnySidecar) -> Mapping[str, Tensor]:
     """By tensor name, the values that it is recognised by; short ones may be filled with zeros."""
-    if isinstance(sidecar, DiagonalSidecar):
+    if isinstance(sidecar, ParameterSidecar):
         return {
             name: torch.tensor(record.values, dtype=torch.float64) for name, record in sidecar.records.items()
         }

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,8 @@ class Case:
         return " ".join([self.model, *(f"{name}={value}" for name, value in given.items())])
 
 
-HAS_PARTS = tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 6)
-"""Whether torch has weights in parts."""
-
 SHARDS = {"spread": "shards"}
-_CASES = (
+CASES = (
     Case("bert"),
     Case("bert", {"samples": 1}),
     Case("bert", {"labels": "sampled", "mask_placement": "pre"}, {"batch_tokens": 30}),
@@ -89,6 +85,8 @@ _CASES = (
     Case("bert", {"estimator": "batch", "batch_size": 3}),
     Case("bert", {"estimator": "batch", "labels": "sampled"}),
     Case("bert", {"dtype": "float32"}),
+    Case("bert", {"kind": "factored", "samples": 3}),
+    Case("bert", {"kind": "factored", "labels": "exact"}),
     Case("bert", {"kind": "diagonal", "samples": 3}),
     Case("bert", {"kind": "diagonal", "samples": 1, "labels": "exact"}),
     Case("llama", {"kind": "diagonal", "batch_size": 2}),
@@ -100,7 +98,6 @@ _CASES = (
     Case("gpt2", {"labels": "sampled"}, SHARDS),
     Case("mixtral", {}, SHARDS),
 )  # fmt: skip
-CASES = [case for case in _CASES if HAS_PARTS or "spread" not in case.how]
 
 
 def measured(case: Case, folder: Path, **processes: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit import blocks
 from fisher_mask_mergekit.blocks import Index
-from fisher_mask_mergekit.diagonal_method import merge_elements
+from fisher_mask_mergekit.parameter_merge import merge_elements
 from fisher_mask_mergekit.weighting import Scheme, fisher_rows, merge_rows
 from tests.test_weighting import sidecars
 

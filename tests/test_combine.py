@@ -17,8 +17,10 @@ from transformers import BertForMaskedLM
 from fisher_mask_mergekit import prepass
 from fisher_mask_mergekit.combine import combine
 from fisher_mask_mergekit.errors import DataError, RecipeError, SidecarError
-from fisher_mask_mergekit.job import AnySidecar, prepare
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
+from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import find_sidecar
+from fisher_mask_mergekit.opening import AnySidecar
 from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
@@ -57,6 +59,8 @@ def shares_of(model: Path, data: Path, count: int = 3, **settings: Any) -> list[
 def numbers(sidecar: AnySidecar) -> dict[str, Any]:
     if isinstance(sidecar, Sidecar):
         return dict(sidecar.fisher)
+    if isinstance(sidecar, FactoredSidecar):
+        return dict(sidecar.packed)
     return {record.names[0]: sidecar.fisher(record).clone() for record in sidecar.metadata.tensors}
 
 
@@ -67,6 +71,7 @@ def numbers(sidecar: AnySidecar) -> dict[str, Any]:
         {"dtype": "float64"},
         {"batch_size": 1},
         {"batch_size": 1, "labels": "sampled", "seed": 2},
+        {"batch_size": 1, "kind": "factored"},
         {"batch_size": 1, "kind": "diagonal"},
         {"dtype": "float64", "kind": "diagonal"},
     ],
@@ -78,8 +83,8 @@ def test_shares_add_up_to_the_whole(
     wanted = measure(model, data, tmp_path / "whole", **settings)
     paths = shares_of(model, data, count, **settings)
     got = combine(paths[::-1], tmp_path / "out")
-    # A full-size share is kept in float32, as it is summed. Of a key's bias, rounding is all there is.
-    rtol, atol = (1e-6, 1e-20) if settings.get("kind") == "diagonal" else (2e-7, 0)
+    # A share of all parameters is kept in float32. Of a key's bias, rounding is all there is.
+    rtol, atol = (1e-6, 1e-20) if "kind" in settings else (2e-7, 0)
     assert_close(numbers(got), numbers(wanted), rtol=rtol, atol=atol)
     facts, expected = (one.metadata.model_dump(exclude={"date", "mean", "tensors"}) for one in (got, wanted))
     for name in ("loss", "accuracy"):
@@ -132,13 +137,13 @@ def test_places_are_in_one_share_each() -> None:
                 assert [len(found) for found in places] == [one.share_size(total) for one in each]
 
 
-@pytest.mark.parametrize("kind", ["mask", "diagonal"])
+@pytest.mark.parametrize("kind", ["mask", "factored", "diagonal"])
 def test_the_whole_is_served_verified_and_inspected(
     model: Path, data: Path, tmp_path: Path, kind: str
 ) -> None:
     asked = ("compute", model, "--data", data, "--samples", "11", "--kind", kind, "--device", "cpu")
-    suffix = ".safetensors" if kind == "mask" else ""
-    name = "mask_fisher" if kind == "mask" else "diagonal"
+    suffix = "" if kind == "diagonal" else ".safetensors"
+    name = "diagonal" if kind == "diagonal" else f"{kind}_fisher"
     shares = [model / "fisher" / f"{name}-{number}-of-2{suffix}" for number in (1, 2)]
     for number, share in enumerate(shares, 1):
         said = run(*asked, "--share", f"{number}/2")

@@ -16,14 +16,15 @@ from typer.testing import CliRunner, Result
 
 from fisher_mask_mergekit import diagonal_sidecar, store
 from fisher_mask_mergekit.cli import app
-from fisher_mask_mergekit.diagonal_method import merge_elements
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import MergeError
+from fisher_mask_mergekit.opening import AnySidecar
+from fisher_mask_mergekit.parameter_merge import merge_elements
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.seal import seal
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import FisherSettings, Kind
 from fisher_mask_mergekit.tasks import task_of
 from tests import tiny, tiny_tasks
 from tests.families import FAMILIES, Fails, Family, Loses, build, sibling
@@ -351,7 +352,7 @@ def test_a_layout_that_is_not_supported_is_one_error_before_anything_is_measured
         prepare(str(folder), FisherSettings(data=str(data), kind="diagonal"))
 
 
-def measured(model: Any, folder: Path, seed: int) -> DiagonalSidecar:
+def measured(model: Any, folder: Path, seed: int, kind: Kind = "diagonal") -> AnySidecar:
     """A checkpoint, measured on text of its own."""
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -359,10 +360,8 @@ def measured(model: Any, folder: Path, seed: int) -> DiagonalSidecar:
     draw = tiny_tasks.Draw(seed)
     rows = [row_for(task_of(model.config, "it", FisherSettings()).name, draw) for _ in range(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = FisherSettings(data=str(data), batch_size=2, kind="diagonal")
-    sidecar = compute(prepare(str(folder), settings), torch.device("cpu")).sidecar
-    assert isinstance(sidecar, DiagonalSidecar)
-    return sidecar
+    settings = FisherSettings(data=str(data), batch_size=2, kind=kind)
+    return compute(prepare(str(folder), settings), torch.device("cpu")).sidecar
 
 
 MERGED = [
@@ -392,7 +391,11 @@ def test_a_merge_through_mergekit(family: Family, tmp_path: Path) -> None:
     for name, value in merged.named_parameters():
         if name in report["missing_keys"] or any(part in name for part in lost):
             continue
-        fishers = [sidecar.fisher(sidecar.records[name]).double() for sidecar in sidecars]
+        fishers = [
+            sidecar.fisher(sidecar.records[name]).double()
+            for sidecar in sidecars
+            if isinstance(sidecar, DiagonalSidecar)
+        ]
         one, two = (state[name].double() for state in states)
         fishers = [torch.where(fishers[0] + fishers[1] > 0, fisher, 1.0) for fisher in fishers]
         wanted = (fishers[0] * one + fishers[1] * two) / (fishers[0] + fishers[1])

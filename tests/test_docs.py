@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
-from fisher_mask_mergekit.diagonal_sidecar import DiagonalMetadata, TensorRecord, ViewRecord
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalMetadata, TensorRecord
 from fisher_mask_mergekit.evaluation.metrics import DEFAULTS, METRICS
+from fisher_mask_mergekit.factored_sidecar import FactoredRecord
+from fisher_mask_mergekit.parameter_records import ViewRecord
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import EvaluationSettings, FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord, Metadata
@@ -104,7 +106,16 @@ def test_the_reference_names_every_tasks_columns(task: type[Task]) -> None:
 
 def test_the_sidecar_page_names_every_field() -> None:
     page = (ROOT / "docs" / "sidecar.md").read_text()
-    for model in (Metadata, DataRecord, Site, GovernedTensor, DiagonalMetadata, TensorRecord, ViewRecord):
+    for model in (
+        Metadata,
+        DataRecord,
+        Site,
+        GovernedTensor,
+        DiagonalMetadata,
+        TensorRecord,
+        ViewRecord,
+        FactoredRecord,
+    ):
         for name in model.model_fields:
             assert f"`{name}`" in page, name
 

@@ -259,7 +259,7 @@ def test_a_full_size_sidecar_by_its_own_folder_and_by_its_checkpoints(tmp_path: 
     assert not {"tensors", "views", "others"} & found["metadata"].keys()
     for option in ("--html", "--png"):
         page = tmp_path / "page"
-        assert f"{full.folder} is a full-size sidecar: it has no mask nodes to draw" in inspect(
+        assert f"{full.folder} is of kind diagonal: it has no mask nodes to draw" in inspect(
             tmp_path, option, page, code=1
         )
         assert not page.exists()

@@ -20,15 +20,15 @@ from fisher_mask_mergekit.cli.output import errors
 from fisher_mask_mergekit.diagonal import diagonal_fisher
 from fisher_mask_mergekit.errors import CheckpointError, DataError, ProcessError, RecipeError, ToldError
 from fisher_mask_mergekit.execution import check_options
+from fisher_mask_mergekit.factored import factored_fisher
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.loading import check_on_gpus
 from fisher_mask_mergekit.processes import one_error
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sharded import shard
 from fisher_mask_mergekit.sidecar import read
 from fisher_mask_mergekit.tasks import Encoded
 from tests import tiny
-from tests.launched import CASES, HAS_PARTS, Case, Ended, launch, make, measured, places
+from tests.launched import CASES, Case, Ended, launch, make, measured, places
 from tests.test_cli import run
 
 
@@ -145,7 +145,7 @@ main()
             1800,
             -9,
             "Connection (closed|reset) by peer",
-            ["--spread", "shards"] if HAS_PARTS else [],
+            ["--spread", "shards"],
         ),
         ("hangs", 15, 9, "Timed out", []),
     ],
@@ -238,7 +238,11 @@ def test_parts_take_processes(folder: Path) -> None:
     [
         (
             ["--kind", "diagonal"],
-            "kind 'diagonal' has a sum for every weight in every process; it takes no --spread offload",
+            "kind 'diagonal' has sums for every weight in every process; it takes no --spread offload",
+        ),
+        (
+            ["--kind", "factored"],
+            "kind 'factored' has sums for every weight in every process; it takes no --spread offload",
         ),
         (
             ["--estimator", "batch"],
@@ -261,12 +265,6 @@ def test_accelerates_own_configuration_asks_for_parts(monkeypatch: pytest.Monkey
     assert spread_by_launcher() == "offload"
 
 
-def test_parts_take_a_torch_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
-    with pytest.raises(RecipeError, match=r"weights in parts take torch 2\.6 or later; this is "):
-        shard(None, torch.nn.Linear(1, 1), [], processes.ALONE, torch.device("cpu"), offload=False)
-
-
 def test_layers_take_gpus_and_one_process(folder: Path) -> None:
     options = command(folder, "--data", folder / "data.jsonl", "--spread", "layers")[2:]
     assert "--spread layers is for one process" in run(*options, code=1).stderr
@@ -286,6 +284,7 @@ def test_layers_take_gpus_and_one_process(folder: Path) -> None:
         ({}, "disk"),
         ({"recompute": True}, "disk"),
         ({"labels": "exact"}, "disk"),
+        ({"kind": "factored", "labels": "exact"}, "cpu"),
         ({"kind": "diagonal", "labels": "exact"}, "cpu"),
     ],
     ids=str,
@@ -300,6 +299,8 @@ def test_layers_that_accelerate_runs_are_measured_alike(
     def measure(kind: str = "mask", **how: Any) -> Any:
         if kind == "diagonal":
             return diagonal_fisher(model, drawn, tiny.TASK, **how).fisher
+        if kind == "factored":
+            return factored_fisher(model, drawn, tiny.TASK, **how).fisher
         return mask_fisher(model, drawn, sites, tiny.TASK, **how).fisher
 
     wanted = measure(**how)

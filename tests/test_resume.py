@@ -17,7 +17,9 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit import partial_sums, prepass, request
 from fisher_mask_mergekit.errors import CheckpointError, MeasurementError, SidecarError
-from fisher_mask_mergekit.job import AnySidecar, Job, prepare, read_any
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
+from fisher_mask_mergekit.job import Job, prepare
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.seal import seal
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import METADATA_KEY, Sidecar
@@ -90,6 +92,9 @@ def assert_equal(got: AnySidecar | None, wanted: AnySidecar | None) -> None:
     if isinstance(got, Sidecar):
         assert isinstance(wanted, Sidecar)
         assert_close(got.fisher, wanted.fisher, rtol=0, atol=0)
+    if isinstance(got, FactoredSidecar):
+        assert isinstance(wanted, FactoredSidecar)
+        assert_close(got.packed, wanted.packed, rtol=0, atol=0)
     # A full-size sidecar's metadata has a digest of every parameter's numbers.
 
 
@@ -98,6 +103,7 @@ CASES = [
     {"labels": "sampled", "seed": 5},
     {"estimator": "batch", "batch_size": 3},
     {"dtype": "bfloat16"},
+    {"kind": "factored"},
     {"kind": "diagonal"},
     {"kind": "diagonal", "labels": "exact", "dtype": "bfloat16"},
 ]

@@ -79,7 +79,8 @@ def by_hand(document: dict[str, Any], weights: dict[str, float], normalize: str 
         for source in part["sources"]:
             if source["layer_range"][0] < source["layer_range"][1]:
                 source["parameters"] = {"weight": weights[source["model"]]}
-    return document | ({"parameters": {"normalize": normalize}} if normalize else {})
+    parameters = document.get("parameters", {}) | ({"normalize": normalize} if normalize else {})
+    return document | {"parameters": parameters}
 
 
 def losses(folder: Path, rows: list[dict[str, Any]]) -> float:
@@ -117,10 +118,11 @@ def test_a_trial_is_scored_as_a_loop_by_hand_scores_it(drafted: Path, pooler: st
     assert trial["value"] == pytest.approx(sum(ratios) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["fisher_mask", "linear", "fisher_diagonal"])
+@pytest.mark.parametrize("method", ["fisher_mask", "nodes: all", "linear", "fisher_diagonal"])
 def test_the_written_recipe_gives_the_best_trials_merge(drafted: Path, method: str) -> None:
-    rewritten(drafted, "merge_method: fisher_mask", f"merge_method: {method}  # How.")
-    if method == "fisher_diagonal":
+    named = "fisher_mask  # How.\nparameters: {nodes: all}" if method == "nodes: all" else f"{method}  # How."
+    rewritten(drafted, "merge_method: fisher_mask", f"merge_method: {named}")
+    if method in ("nodes: all", "fisher_diagonal"):
         quickly("mergekit-fisher", "compute", drafted)
     found = tuned(drafted, 6, "--metric", "loss")
     work, out = drafted.parent, drafted.parent / "tuned.yml"
@@ -129,7 +131,8 @@ def test_the_written_recipe_gives_the_best_trials_merge(drafted: Path, method: s
     assert best["value"] > found["trials"][0]["value"]
     choices: dict[str, set[str | None]] = {
         "fisher_mask": {"none", "model", "layer", "tensor"},
-        "fisher_diagonal": {"none", "model"},
+        "nodes: all": {"none", "model", "tensor"},
+        "fisher_diagonal": {"none", "model", "tensor"},
         "linear": {None},
     }
     assert {trial["normalize"] for trial in found["trials"]} <= choices[method]

@@ -347,7 +347,7 @@ def test_full_size_sidecars(model: Path, tmp_path: Path) -> None:
     detail = verify(folder, "--recompute", 4, code=1)["numbers"][1]
     assert "classifier.bias: stored as [1, 2], measured again it is [2]" in detail
     rewritten(folder, lambda metadata, _: metadata.model_copy(update={"mean": 2 * metadata.mean}))
-    assert "its index says that it is" in verify(folder, code=1)["file"][1]
+    assert "its metadata says that it is" in verify(folder, code=1)["file"][1]
     alone = shutil.copytree(folder, tmp_path / "alone")
     assert verify(alone, code=1)["values"][0] == "not checked"
 

@@ -25,10 +25,10 @@ def compute(
         typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.yml), a checkpoint's folder or its hub id."),
     ],
     kind: Annotated[
-        Literal["mask", "diagonal"] | None,
+        Literal["mask", "factored", "diagonal"] | None,
         typer.Option(
-            help="Measure mask nodes, for fisher_mask, or every parameter, for fisher_diagonal. [default: told by "
-            "the recipe's merge_method, else mask]"
+            help="Measure mask nodes, for fisher_mask; rows and columns of all parameters, for its nodes: all; or every "
+            "parameter, for fisher_diagonal. [default: told by the recipe, else mask]"
         ),
     ] = None,
     data: Annotated[
@@ -239,7 +239,7 @@ def _requests(
     from pydantic import ValidationError
 
     from fisher_mask_mergekit import hub
-    from fisher_mask_mergekit.recipe import KIND_OF_METHOD, describe, read_recipe
+    from fisher_mask_mergekit.recipe import describe, read_recipe
     from fisher_mask_mergekit.settings import FisherSettings
     from fisher_mask_mergekit.store import expanded, of_share
 
@@ -254,13 +254,13 @@ def _requests(
             raise RecipeError(describe(error)) from error
         return
     recipe = read_recipe(Path(target), overrides)
-    if recipe.method not in KIND_OF_METHOD:
+    if recipe.kind is None:
         say(f"{target}: merge_method is {recipe.method}, which uses no sidecars; measuring all the same")
     # What a recipe's sidecar names is of the kind that its method reads.
     paths = {
         m.name: m.sidecar
         for m in recipe.models
-        if m.settings is not None and m.sidecar and m.kind == KIND_OF_METHOD.get(recipe.method, m.kind)
+        if m.settings is not None and m.sidecar and m.kind == (recipe.kind or m.kind)
     }
     published = {name for name, path in paths.items() if path.startswith(hub.PREFIX)}
     measurable = [m for m in recipe.models if m.settings is not None and m.name not in published]

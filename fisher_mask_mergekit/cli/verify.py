@@ -18,7 +18,7 @@ def verify(
         str,
         typer.Argument(
             metavar="SIDECAR",
-            help="A sidecar, of either kind, here or on the hub (hub:org/repo/path@revision), or the folder of a "
+            help="A sidecar, of any kind, here or on the hub (hub:org/repo/path@revision), or the folder of a "
             "checkpoint that has one.",
         ),
     ],

@@ -12,7 +12,7 @@ from fisher_mask_mergekit.preview.check_sidecars import check_sidecars
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output
-from fisher_mask_mergekit.recipe import KIND_OF_METHOD, METHOD, Recipe, read_recipe
+from fisher_mask_mergekit.recipe import METHOD, Recipe, read_recipe
 
 
 def check_recipe(path: Path) -> list[Finding]:
@@ -43,13 +43,13 @@ def check_recipe(path: Path) -> list[Finding]:
         outputs, found = planned(recipe, models)
         findings += found
         findings += check_merge(recipe, models, outputs)
-    if recipe.method in KIND_OF_METHOD:
+    if recipe.kind is not None:
         findings += check_sidecars(recipe, models, outputs)
     return sorted(findings, key=lambda finding: finding.level)
 
 
 def _settings(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
-    if recipe.method not in KIND_OF_METHOD:
+    if recipe.kind is None:
         yield Finding(
             "warning", "recipe", f"merge_method is {recipe.method}, which uses no sidecars",
             f"for a merge by Fisher information:  merge_method: {METHOD}",

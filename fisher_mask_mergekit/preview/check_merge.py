@@ -10,7 +10,7 @@ from fisher_mask_mergekit.preview.forecast import counted
 from fisher_mask_mergekit.preview.losses import lost_tensors
 from fisher_mask_mergekit.preview.peek import Peeked
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
-from fisher_mask_mergekit.recipe import KIND_OF_METHOD, Recipe
+from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.sites import name_template
 
 
@@ -37,7 +37,7 @@ def check_merge(recipe: Recipe, models: Mapping[str, Peeked], outputs: Sequence[
     missing = [*_missing(outputs)]
     yield from missing
     yield from _unequal(recipe, outputs)
-    if recipe.method in KIND_OF_METHOD:
+    if recipe.kind is not None:
         yield from _weights(outputs)
     if outputs and not missing:
         yield from _losses(recipe, models, outputs)

@@ -6,15 +6,17 @@ from typing import Any
 
 from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import modern, read_tensors
-from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.merging import with_own_sidecar
+from fisher_mask_mergekit.opening import AnySidecar, read_any
+from fisher_mask_mergekit.parameter_records import ParameterSidecar
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.forecast import counted, forecast
 from fisher_mask_mergekit.preview.inspection import sidecar_of
 from fisher_mask_mergekit.preview.peek import Peeked, same_weights
 from fisher_mask_mergekit.preview.plan import Output
-from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, Recipe, RecipeModel
+from fisher_mask_mergekit.recipe import Recipe, RecipeModel
+from fisher_mask_mergekit.settings import Kind
 from fisher_mask_mergekit.sidecar import Measurement, Sidecar, whole
 
 _UNEQUAL_LOSSES = 2.0
@@ -42,9 +44,9 @@ def check_sidecars(
     """
     needed = _needed(recipe, outputs)
     normalized = any(output.parameters.get("normalize", "none") != "none" for output in outputs)
-    if recipe.method == DIAGONAL_METHOD:
+    if recipe.kind in ("factored", "diagonal"):
         chosen = [model for model in recipe.models if model.name in needed and model.name in models]
-        yield from _diagonal(recipe, chosen, models, outputs, normalized)
+        yield from _of_parameters(recipe, recipe.kind, chosen, models, outputs, normalized)
         return
     sidecars: dict[str, Sidecar | None] = {}
     for model in recipe.models:
@@ -65,25 +67,26 @@ def check_sidecars(
     yield from _unlike({name: one.metadata for name, one in sidecars.items() if one}, normalized)
 
 
-def _diagonal(
+def _of_parameters(
     recipe: Recipe,
+    kind: Kind,
     needed: Sequence[RecipeModel],
     models: Mapping[str, Peeked],
     outputs: Sequence[Output],
     normalized: bool,
 ) -> Iterator[Finding]:
-    """The same for full-size sidecars. Of those on the hub nothing can be told without a download of them."""
+    """The same for sidecars of all parameters. Of full-size ones on the hub nothing can be told without a download of them."""
     measured: dict[str, Measurement] = {}
     for model in needed:
         peeked = models[model.name]
         try:
-            path = store.sidecar_of(model.sidecar, peeked.checkpoint, "diagonal")
-            sidecar = None if path is None else whole(read_diagonal(path))
+            path = store.sidecar_of(model.sidecar, peeked.checkpoint, kind)
+            sidecar = None if path is None else whole(read_any(path, kind))
         except SidecarError as error:
             yield Finding("error", "sidecar", str(error), _compute(recipe, model))
             continue
         if sidecar is None:
-            if peeked.checkpoint.revision is None:
+            if peeked.checkpoint.revision is None or kind == "factored":
                 yield _absent(recipe, model, outputs)
             continue
         measured[model.name] = sidecar.metadata
@@ -141,7 +144,7 @@ def _misfits(
         yield from _other_revision(model, peeked.checkpoint.revision, sidecar, remedy)
 
 
-def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar | DiagonalSidecar) -> Iterator[Finding]:
+def _outdated(recipe: Recipe, model: RecipeModel, sidecar: AnySidecar) -> Iterator[Finding]:
     """Whether the recipe asks for another measurement by now."""
     if model.settings is None:
         return
@@ -156,10 +159,8 @@ def _outdated(recipe: Recipe, model: RecipeModel, sidecar: Sidecar | DiagonalSid
         yield Finding("warning", "sidecar", detail, _compute(recipe, model))
 
 
-def _other_values(
-    model: RecipeModel, peeked: Peeked, sidecar: Sidecar | DiagonalSidecar, remedy: str
-) -> Iterator[Finding]:
-    known = sidecar.records.keys() if isinstance(sidecar, DiagonalSidecar) else sidecar.governed.keys()
+def _other_values(model: RecipeModel, peeked: Peeked, sidecar: AnySidecar, remedy: str) -> Iterator[Finding]:
+    known = sidecar.records.keys() if isinstance(sidecar, ParameterSidecar) else sidecar.governed.keys()
     wanted = known & {modern(name) for name in peeked.shapes or ()}
     for name, tensor in read_tensors(peeked.checkpoint, wanted):
         try:

@@ -99,13 +99,14 @@ def with_mask_nodes(sidecars: Iterable[AnySidecar]) -> list[Sidecar]:
     """The sidecars, if all are of mask nodes.
 
     Raises:
-        SidecarError: If one is a full-size one: there are no heads and neurons in it to draw.
+        SidecarError: If one is of parameters: there are no heads and neurons in it to draw.
     """
     found = []
     for sidecar in sidecars:
         if not isinstance(sidecar, Sidecar):
             raise SidecarError(
-                f"{sidecar.source} is a full-size sidecar: it has no mask nodes to draw; leave out --html and --png"
+                f"{sidecar.source} is of kind {sidecar.metadata.settings.kind}: it has no mask nodes to draw; leave out "
+                "--html and --png"
             )
         found.append(sidecar)
     return found
@@ -143,6 +144,8 @@ def recipe_shares(
     if recipe.method != METHOD:
         uses = "has no mask nodes to show" if recipe.method == DIAGONAL_METHOD else "uses no sidecars"
         raise RecipeError(f"{recipe.path}: merge_method is {recipe.method}, which {uses}")
+    if recipe.kind == "factored":
+        raise RecipeError(f"{recipe.path}: nodes: all has no mask nodes to show")
     models = {model.name: peek(model.name) for model in recipe.models}
     for name, peeked in models.items():
         if peeked.shapes is None:

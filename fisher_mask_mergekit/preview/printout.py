@@ -130,7 +130,8 @@ def sidecar_lines(sidecar: AnySidecar) -> Iterator[str]:
         tensors = sidecar.metadata.tensors
         numbers = sum(prod(tensor.shape) for tensor in tensors)
         yield ""
-        yield f"every parameter: {numbers:,} in {len(tensors)} tensors, mean {sidecar.metadata.mean:.3e} nats squared"
+        by = ", by rows and columns" if sidecar.metadata.settings.kind == "factored" else ""
+        yield f"every parameter{by}: {numbers:,} in {len(tensors)} tensors, mean {sidecar.metadata.mean:.3e} nats squared"
         return
     found = sorted(node_statistics(sidecar), key=lambda one: (name_template(one.output), one.nodes))
     for (template, nodes), group in groupby(found, key=lambda one: (name_template(one.output), one.nodes)):

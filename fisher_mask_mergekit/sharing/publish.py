@@ -1,6 +1,7 @@
 """`mergekit-fisher push`: a sidecar and the card's section about it, in one commit."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +16,7 @@ from fisher_mask_mergekit.hub import HubReference, check_repository, fetch
 from fisher_mask_mergekit.hub_errors import hub_errors
 from fisher_mask_mergekit.opening import is_diagonal
 from fisher_mask_mergekit.preview.peek import peek
+from fisher_mask_mergekit.settings import Kind
 from fisher_mask_mergekit.sharing.card import describe, with_section, with_tags
 from fisher_mask_mergekit.sharing.hub_weights import compare_with_hub
 from fisher_mask_mergekit.sharing.public_metadata import public
@@ -52,12 +54,12 @@ def find_measured(target: str) -> Sidecar:
     if Path(target).is_file():
         return whole(read(Path(target)))
     if is_diagonal(Path(target)):
-        raise SidecarError(_not_taken(target))
+        raise SidecarError(_not_taken("diagonal", target))
     checkpoint = peek(target).checkpoint
     found = list(store.find_all(checkpoint))
     if not found:
-        full = store.find(checkpoint, "diagonal")
-        known = f" ({_not_taken(full)})" if full else ""
+        others = {kind: store.find(checkpoint, kind) for kind in _OTHERS}
+        known = "".join(f" ({_not_taken(kind, path)})" for kind, path in others.items() if path)
         raise SidecarNotFoundError(
             f"there is no sidecar of mask nodes for {target}{known}. Measure it:  "
             f"mergekit-fisher compute {target} --data DATASET"
@@ -65,8 +67,14 @@ def find_measured(target: str) -> Sidecar:
     return whole(read(found[0 if checkpoint.revision is None else -1]))
 
 
-def _not_taken(full: object) -> str:
-    return f"{full} is a full-size sidecar, as large as the weights: push takes those of mask nodes only"
+_OTHERS: Mapping[Kind, str] = {
+    "factored": "a sidecar of rows and columns, which say more of their data",
+    "diagonal": "a full-size sidecar, as large as the weights",
+}
+
+
+def _not_taken(kind: Kind, path: object) -> str:
+    return f"{path} is {_OTHERS[kind]}: push takes those of mask nodes only"
 
 
 def publish(sidecar: Sidecar, repo: str, *, create_pr: bool = False, private: bool = False) -> Published:

@@ -69,8 +69,8 @@ def read_coefficients(recipe: Recipe) -> Coefficients:
         found = Coefficients(weights, None)
     else:
         normalize = "none" if given is None else given
-        if normalize not in normalizations(method):
-            known = ", ".join(normalizations(method))
+        if normalize not in normalizations(recipe):
+            known = ", ".join(normalizations(recipe))
             raise RecipeError(
                 f"{where}: normalize is {normalize!r}; tune takes one plain name for the whole merge: {known}"
             )
@@ -106,14 +106,14 @@ def _normalize(recipe: Recipe) -> Any:
     return found[0] if len(found) == 1 else found
 
 
-def normalizations(method: str) -> tuple[str, ...]:
+def normalizations(recipe: Recipe) -> tuple[str, ...]:
     """What ``normalize`` can be; nothing for a method that has no such choice."""
-    if method == LINEAR:
+    if recipe.method == LINEAR:
         return ()
-    from fisher_mask_mergekit.diagonal_method import NormalizeModel
+    from fisher_mask_mergekit.parameter_merge import NormalizeParameters
     from fisher_mask_mergekit.weighting import Normalize
 
-    return get_args(Normalize if method == METHOD else NormalizeModel)
+    return get_args(Normalize if recipe.kind == "mask" else NormalizeParameters)
 
 
 def starts(own: Coefficients, choices: Sequence[str]) -> list[Coefficients]:

@@ -8,13 +8,13 @@ from sys import maxsize
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.data import DataSpec, load_samples, load_texts, parse_spec
-from fisher_mask_mergekit.diagonal_sidecar import read_diagonal
 from fisher_mask_mergekit.errors import DataError, FisherMaskError, RecipeError, SidecarError
 from fisher_mask_mergekit.evaluation.plan import Options, Subject, evaluation_data, subject_of
 from fisher_mask_mergekit.heads import short_names
 from fisher_mask_mergekit.loading import load_config
+from fisher_mask_mergekit.opening import read_any
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
-from fisher_mask_mergekit.sidecar import Measurement, read
+from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tasks import task_of
 
 
@@ -90,7 +90,7 @@ def _measured(model: RecipeModel, *, trust_remote_code: bool) -> _Measured:
     if path is None:
         return _Measured(request.seed, request.samples)
     try:
-        known: Measurement = (read(path) if model.kind == "mask" else read_diagonal(path)).metadata
+        known: Measurement = read_any(path, model.kind).metadata
     except SidecarError as error:
         return _Measured(request.seed, request.samples, _unknown(model, str(error)))
     again = known.settings.model_copy(update={"data": request.data})

@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     text = recipe.path.read_text(encoding="utf-8")
     # That the best can be written is not found out last: all lambdas apart, and a normalize that must be said.
     apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
-    written(recipe, text, own.at(apart, (normalizations(recipe.method) or (None,))[-1]), [])
+    written(recipe, text, own.at(apart, (normalizations(recipe) or (None,))[-1]), [])
     held = held_back(recipe, samples, options)
     subjects = held.subjects
     refuse_tokenizer(recipe, subjects)
@@ -144,7 +144,7 @@ def run(tuning: Tuning, count: int, on_trial: Callable[[Study], None]) -> Study:
     on_trial(study)
     if not study.own:
         study = study.but(own=own_scores(tuning.subjects, tuning.options, tuning.device))
-    choices = normalizations(recipe.method)
+    choices = normalizations(recipe)
     while len(study.trials) < count:
         number = len(study.trials)
         coefficients = suggest(tuning.own, choices, study.trials, tuning.options.seed)

@@ -1,0 +1,214 @@
+"""Merging by the Fisher information of every parameter, whether it is kept whole or by rows and columns.
+
+Nothing here loads mergekit: its registry asks for one method while another is being imported.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
+from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
+from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar, read_factored
+from fisher_mask_mergekit.factors import Factors
+from fisher_mask_mergekit.merging import (
+    Missing,
+    compare_measurements,
+    compute_command,
+    counted_inputs,
+    find_sidecar,
+)
+from fisher_mask_mergekit.parameter_records import AnyRecord
+from fisher_mask_mergekit.weighting import merge_rows
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods.base import TensorEntry, TensorGroup
+
+NormalizeParameters = Literal["none", "model", "tensor"]
+"""What a model's Fisher information is divided by: nothing, its mean over all parameters, or over the parameter."""
+
+ParameterKind = Literal["diagonal", "factored"]
+_Sidecar = DiagonalSidecar | FactoredSidecar
+Fisher = Callable[[int, Index], Tensor]
+"""Gives a block of a model's Fisher information, by the model's number; it is not changed."""
+
+
+def merge_parameters(
+    group: "TensorGroup",
+    name: str,
+    weight: Mapping[Hashable, float | None],
+    sidecar: Mapping[Hashable, str],
+    normalize: NormalizeParameters,
+    missing: Missing,
+    kind: ParameterKind,
+) -> Tensor:
+    """Merge the inputs of one output tensor, each element by its own Fisher information.
+
+    Args:
+        group: The inputs.
+        name: The output tensor's.
+        weight: As recipes have it.
+        sidecar: Likewise.
+        normalize: What a model's Fisher information is divided by.
+        missing: What to do if a model has no sidecar.
+        kind: Of sidecars.
+
+    Raises:
+        FisherMaskError: If a sidecar is missing, cannot be used, or is another checkpoint's; or if the weights
+            cannot be used.
+    """
+    inputs = counted_inputs(group, weight)
+    if isinstance(inputs, Tensor):
+        return inputs
+    found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
+    tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
+    sidecars = [known for known in found if known is not None]
+    compare_measurements(sidecars)
+    records = [
+        _identify(known, name, entry, kind)
+        for (entry, _), known in zip(inputs, found, strict=True)
+        if known is not None
+    ]
+    parameters = [record for record in records if record is not None]
+    if len(sidecars) < len(inputs) or not parameters:
+        return merge_rows(tensors, weights)
+    if len(parameters) < len(records):
+        raise SidecarMismatchError("it is a parameter of one model, and none of another")
+    scales = [_scale(known, one, normalize) for known, one in zip(sidecars, parameters, strict=True)]
+    coefficients = [given / (scale or 1.0) for given, scale in zip(weights, scales, strict=True)]
+    for known, scale, coefficient in zip(sidecars, scales, coefficients, strict=True):
+        if not math.isfinite(coefficient):
+            of = "all parameters" if normalize == "model" else "this tensor"
+            raise SidecarError(f"{known.source}: a mean over {of} of {scale} divides nothing")
+    return merge_elements(tensors, weights, *_blocks_of(sidecars, parameters, coefficients, tensors[0]))
+
+
+def _scale(sidecar: _Sidecar, record: AnyRecord, normalize: NormalizeParameters) -> float:
+    if normalize == "tensor":
+        return sidecar.mean_of(record)
+    return sidecar.metadata.mean if normalize == "model" else 1.0
+
+
+def _blocks_of(
+    sidecars: Sequence[_Sidecar],
+    records: Sequence[AnyRecord],
+    coefficients: Sequence[float],
+    like: Tensor,
+) -> tuple[Sequence[float], Fisher]:
+    """What :func:`merge_elements` multiplies Fisher information by, and where it gets that from."""
+    products = [
+        sidecar.factors(record)
+        for sidecar, record in zip(sidecars, records, strict=True)
+        if isinstance(sidecar, FactoredSidecar)
+    ]
+    if products:
+        scaled = _scaled(products, coefficients, like)
+        return [1.0] * len(products), lambda number, index: scaled[number].block(index)
+    diagonal = [sidecar for sidecar in sidecars if isinstance(sidecar, DiagonalSidecar)]
+    return coefficients, lambda number, index: diagonal[number].fisher(records[number], index)
+
+
+def _scaled(products: Sequence[Factors], coefficients: Sequence[float], like: Tensor) -> list[Factors]:
+    """Factors times what weighs their model, over the largest of all: so that what is multiplied neither over- nor underflows."""
+    most = max(coefficients)
+    tops = [
+        (float(one.rows.max()), float(one.columns.max()), coefficient / most)
+        for one, coefficient in zip(products, coefficients, strict=True)
+    ]
+    largest = max(math.prod(top) for top in tops) or 1.0
+
+    def to(factor: Tensor, scale: float) -> Tensor:
+        return (factor * scale).to(like.device, wide_dtype(like))
+
+    return [
+        Factors(to(one.rows, coefficient * columns / largest), to(one.columns, 1 / (columns or 1.0)))
+        for one, (_, columns, coefficient) in zip(products, tops, strict=True)
+    ]
+
+
+def merge_elements(
+    tensors: Sequence[Tensor], weights: Sequence[float], factors: Sequence[float], fisher: Fisher
+) -> Tensor:
+    r"""Fisher-weighted mean of tensors, element by element.
+
+    .. math:: \theta^* = \frac{\sum_j c_j F_j \theta_j}{\sum_j c_j F_j}
+
+    as a running mean: with :math:`S_j = c_1 F_1 + \dots + c_j F_j`, :math:`\theta^* \leftarrow \theta^* +
+    (\theta_j - \theta^*) \, c_j F_j / S_j`, so that models that agree are left as they are, to the last digit.
+    Elements where every F is zero take the mean weighted by :math:`\lambda`. There is no floor.
+
+    Args:
+        tensors: :math:`\theta_j`, all of one shape and dtype. Not changed.
+        weights: :math:`\lambda_j > 0`.
+        factors: :math:`c_j > 0`, :math:`\lambda_j` over what normalises F.
+        fisher: Gives a block of :math:`F_j`, non-negative; asked once for each block and model, in order.
+
+    Returns:
+        :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
+
+    Reference: arXiv 2111.09832.
+    """
+    largest = max(factors)  # So that no product overflows.
+
+    def add(index: Index, values: Sequence[Tensor], merged: Tensor) -> None:
+        def weighted(number: int) -> Tensor:
+            part = fisher(number, index).to(merged.device, merged.dtype)
+            return part if factors[number] == largest else part * (factors[number] / largest)
+
+        total = weighted(0)
+        merged.copy_(values[0])
+        for number, value in enumerate(values[1:], 1):
+            part = weighted(number)
+            total = total + part
+            share = part / total
+            if _reaches_zero(total):
+                share.nan_to_num_(nan=0.0)  # 0 / 0, where it was zero in all so far.
+            merged.lerp_(value.to(merged.dtype), share)
+        if _reaches_zero(total):
+            merged.copy_(torch.where(total == 0, merge_rows(values, weights).to(merged.dtype), merged))
+
+    return in_blocks(tensors, add)
+
+
+def _reaches_zero(total: Tensor) -> bool:
+    return total.numel() > 0 and not float(total.amin()) > 0
+
+
+def _identify(sidecar: _Sidecar, name: str, entry: "TensorEntry", kind: ParameterKind) -> AnyRecord | None:
+    try:
+        return sidecar.identify(name, entry.tensor)
+    except SidecarMismatchError as error:
+        raise SidecarMismatchError(
+            f"{entry.id}: {error}\n  Measure this checkpoint:  {compute_command(entry.id, kind)}"
+        ) from error
+
+
+def _read_diagonal_once(path: Path, modified: int, size: int) -> _Sidecar:
+    index = path / INDEX
+    try:
+        state = index.stat()  # A folder does not change when a file in it does.
+    except OSError as error:
+        raise SidecarError(f"cannot read sidecar {index}: {error.strerror or error}") from error
+    return _read_index_once(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _read_index_once(path: Path, modified: int, size: int) -> _Sidecar:
+    return read_diagonal(path)
+
+
+@lru_cache(maxsize=64)
+def _read_factored_once(path: Path, modified: int, size: int) -> _Sidecar:
+    return read_factored(path)
+
+
+_READ: Mapping[ParameterKind, Callable[[Path, int, int], _Sidecar]] = {
+    "diagonal": _read_diagonal_once,
+    "factored": _read_factored_once,
+}

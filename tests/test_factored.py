@@ -1,0 +1,187 @@
+"""Means of rows and columns of the Fisher information against their definition: the full diagonal, made by autograd."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from fisher_mask_mergekit import marginals as module
+from fisher_mask_mergekit.diagonal import diagonal_fisher
+from fisher_mask_mergekit.errors import MeasurementError
+from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
+from fisher_mask_mergekit.factors import Split
+from fisher_mask_mergekit.marginals import marginals, row_axes
+from tests import tiny
+from tests.families import build
+from tests.naive import naive_diagonal
+from tests.test_architectures import TASK, batches
+from tests.test_diagonal import _Bare, assert_same, family_named
+
+# Grouped queries, fused projections, matrices stored [in, out], experts, convolutions, tied weights, layers that run
+# again, vision; measured in batches or one sample at a time.
+CHOSEN = (
+    "bert-sequence", "bert-chunked", "bert-masked-lm", "albert", "gpt2", "llama", "llama-tied", "phi3", "falcon-40b", "bloom",
+    "mpnet", "mixtral", "qwen3-moe", "mamba", "whisper", "t5-v1.1",
+)  # fmt: skip
+
+
+def naive_factors(full: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Means over rows and over columns of the full diagonal."""
+    found, axes = {}, row_axes(model)
+    for name, value in full.items():
+        split = Split.of(value.shape, axes[name])
+        matrices = value.reshape(split.groups, split.rows, split.columns)
+        found[name] = torch.cat((matrices.mean(2), matrices.mean(1)), 1)
+    return found
+
+
+def measure(model: nn.Module, size: int = 3, count: int = 7, **how: Any) -> FactoredFisher:
+    return factored_fisher(model, tiny.batches(tiny.samples(count), size), tiny.TASK, **how)
+
+
+def naive(model: nn.Module, count: int = 7, **how: Any) -> dict[str, Tensor]:
+    full = naive_diagonal(model, tiny.TASK, tiny.batches(tiny.samples(count), 1), **how)
+    return naive_factors(full, model)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_equals_the_definition(name: str) -> None:
+    family = family_named(name)
+    model = build(family).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # The others have no float64 on a processor.
+    got = factored_fisher(model, list(batches(family, (3, 2))), TASK)
+    full = naive_diagonal(model, TASK, list(batches(family, (1,) * 5)))
+    assert_same(got.fisher, naive_factors(full, model))
+    assert got.one_by_one == (name in ("mpnet", "mixtral", "qwen3-moe", "mamba", "whisper", "t5-v1.1"))
+
+
+@pytest.mark.parametrize("labels", ["data", "sampled", "exact"])
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_labels(architecture: str, labels: Any) -> None:
+    model = tiny.classifier(architecture).double()
+    got = measure(model, labels=labels, seed=3)
+    assert_same(got.fisher, naive(model, labels=labels, seed=3))
+    assert not got.one_by_one
+    one_by_one = _Bare(model)
+    assert_same(measure(one_by_one, labels=labels).fisher, naive(one_by_one, labels=labels))
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in tiny.ARCHITECTURES if name not in ("bert", "llama")]
+)
+def test_rows_columns_biases_norms_and_embeddings(architecture: str) -> None:
+    model = tiny.classifier(architecture).double()
+    got = measure(model)
+    assert_same(got.fisher, naive(model))
+    full = naive_diagonal(model, tiny.TASK, tiny.batches(tiny.samples(), 1))
+    vectors = {name: value for name, value in full.items() if value.ndim == 1}
+    assert_same({name: got.fisher[name][0, : len(value)] for name, value in vectors.items()}, vectors)
+    assert got.shapes == {name: tuple(value.shape) for name, value in full.items()}
+    assert set(got.axes.values()) == {0}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mistral"])
+def test_batch_size_order_padding_and_doubling_change_nothing(architecture: str) -> None:
+    model = tiny.classifier(architecture).double()
+    drawn = tiny.samples(8)
+    wanted = naive(model, 8)
+    for variant in (
+        tiny.batches(drawn, 8),
+        tiny.batches(drawn, 1),
+        tiny.batches(drawn[::-1], 3),
+        tiny.batches(drawn, 4, extra_padding=9),
+        tiny.batches(drawn + drawn, 5),
+    ):
+        assert_same(factored_fisher(model, variant, tiny.TASK).fisher, wanted)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 7, 9), (3, 40, 60), (30, 40, 60), (5, 1, 8)])
+def test_with_and_without_the_gradient_it_is_the_same(tokens: int, rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    left, right = (torch.randn(4, tokens, size).double() for size in (rows, columns))
+    squares = (left.mT @ right).square()
+    got = marginals(left, right)
+    assert_close(got, (squares.sum(2), squares.sum(1)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("without", [True, False])
+def test_both_ways_give_the_definition_in_parts_of_a_batch(
+    without: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.classifier("bert").double()
+    monkeypatch.setattr(module, "_without", lambda left, right: without)
+    monkeypatch.setattr(module, "_CHUNK", 700)
+    assert_same(measure(model, 7, labels="exact").fisher, naive(model, labels="exact"))
+
+
+def test_sums_that_cancel_are_never_negative() -> None:
+    """Tokens that are alike, and whose gradients add up to nothing: all that is left is what was rounded."""
+    torch.manual_seed(0)
+    right = torch.randn(1, 1, 600).expand(1, 8, 600) * 1000
+    left = torch.randn(1, 8, 600)
+    left = left - left.mean(1, keepdim=True)
+    for sums in marginals(left, right):
+        assert float(sums.min()) >= 0
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "gemma", "llama"])
+def test_float32_and_bfloat16_weights_agree_with_float64(name: str) -> None:
+    family = family_named(name)
+    model = build(family).double()
+    wanted = naive_factors(naive_diagonal(model, TASK, batches(family, (1,) * 5)), model)
+    for dtype, allowed in ((torch.float32, 1e-3), (torch.bfloat16, 0.4)):
+        got = factored_fisher(build(family).to(dtype), list(batches(family, (3, 2))), TASK).fisher
+        assert {value.dtype for value in got.values()} == {torch.float64}
+        for part, value in wanted.items():
+            if "key.bias" not in part:  # Nothing but what was rounded.
+                assert float(got[part].sum()) == pytest.approx(float(value.sum()), rel=allowed), part
+
+
+def test_what_was_summed_before_goes_on() -> None:
+    model = tiny.classifier("bert").double()
+    drawn = tiny.samples(7)
+    kept: list[Any] = []
+    first = tiny.batches(drawn[:4], 4)
+    factored_fisher(model, first, tiny.TASK, on_batch=lambda batch, tally: kept.append(deepcopy(tally)))
+    rest = tiny.batches(drawn[4:], 3)
+    assert_same(factored_fisher(model, rest, tiny.TASK, tally=kept[0]).fisher, naive(model))
+
+
+def test_it_says_what_the_full_diagonal_says() -> None:
+    """Loss, accuracy, and the mean of every parameter; and what no gradient reaches has none."""
+    model = tiny.classifier("bert").double()
+    model.unused = nn.Linear(3, 2).double()
+    got, full = measure(model), diagonal_fisher(model, tiny.batches(tiny.samples(), 3), tiny.TASK)
+    assert (got.samples, got.loss, got.accuracy) == (full.samples, full.loss, full.accuracy)
+    for name, value in full.fisher.items():
+        rows = got.fisher[name][:, : len(value)]
+        assert_close(rows.mean(), value.mean(), rtol=1e-10, atol=1e-30)
+    assert_close(got.fisher["unused.weight"], torch.zeros(1, 5).double(), rtol=0, atol=0)
+
+
+def test_how_parameters_fall_into_rows() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3))
+    model.experts = nn.Parameter(torch.ones(5, 2, 3))
+    model.positions = nn.Parameter(torch.ones(1, 7, 3))
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    axes = row_axes(model)
+    splits = {name: Split.of(value.shape, axes[name]) for name, value in model.named_parameters()}
+    assert splits == {
+        "0.weight": Split(1, 2, 3), "0.bias": Split(1, 2, 1), "1.weight": Split(1, 6, 12), "1.bias": Split(1, 6, 1),
+        "2.weight": Split(1, 6, 36), "2.bias": Split(1, 6, 1), "experts": Split(5, 2, 3), "positions": Split(1, 7, 3),
+        "scale": Split(1, 1, 1),
+    }  # fmt: skip
+
+
+def test_no_sample_and_a_gradient_that_is_not_finite_are_errors() -> None:
+    model = tiny.classifier("bert")
+    with pytest.raises(MeasurementError, match="no sample"):
+        factored_fisher(model, [], tiny.TASK)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e30)
+    with pytest.raises(MeasurementError, match=r"the gradient of bert\.\S+ at \[.*\] is not finite"):
+        measure(model)
