@@ -361,7 +361,7 @@ def test_sums_that_are_torn_or_tampered_with_are_told_of_and_left_out_of_account
     assert_equal(got, wanted)
 
 
-@pytest.mark.parametrize("kind", ["mask", "diagonal"])
+@pytest.mark.parametrize("kind", ["mask", "factored", "diagonal"])
 def test_sums_of_another_shape_are_an_error(model: Path, data: Path, kind: str) -> None:
     job = job_of(model, data, kind=kind)
     measured(job, after=2)
