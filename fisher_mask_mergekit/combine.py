@@ -4,9 +4,10 @@ import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from fisher_mask_mergekit import store
@@ -22,6 +23,8 @@ from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.request import DECISIVE
 from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sidecar import Measurement, Sidecar, fisher_dtype, may_replace, write
+
+AnyMetadata = TypeVar("AnyMetadata", bound=Measurement)
 
 _FACTS = {"architecture", "task", "weights", "trust_remote_code", "max_length"}
 
@@ -44,7 +47,7 @@ def combine(paths: Sequence[Path], out: Path) -> AnySidecar:
 
     Raises:
         SidecarError: If one cannot be read or is not a share, one is missing or given twice, they are not of one
-            request and checkpoint (names what differs), or the result cannot be written.
+            request and checkpoint (names what differs), they do not add up to a sidecar, or it cannot be written.
     """
     shares = _in_order([read_any(path) for path in paths])
     if out.resolve() in [path.resolve() for path in paths]:
@@ -76,13 +79,13 @@ def _in_order(sidecars: Sequence[AnySidecar]) -> list[AnySidecar]:
                 f"{sidecar.source} was measured on all samples that its request draws, and whether others are among them "
                 "cannot be told; only shares of one request add up:  mergekit-fisher compute --share K/N"
             )
+        _check_alike(first, sidecar)
         number, _ = settings.share_of
         if number in known:
             raise SidecarError(
                 f"share {settings.share} is given twice: {known[number].source} and {sidecar.source}"
             )
         known[number] = sidecar
-        _check_alike(first, sidecar)
     _, of = first.metadata.settings.share_of
     if (missing := next((number for number in range(1, of + 1) if number not in known), None)) is not None:
         raise SidecarError(f"share {missing}/{of} is missing: {len(known)} of {of} are given")
@@ -135,7 +138,7 @@ def _facts(shares: Sequence[Measurement]) -> dict[str, Any]:
     total = sum(share.samples for share in shares)
 
     def mean(value: Callable[[Measurement], float]) -> float:
-        return math.fsum(share.samples * value(share) for share in shares) / total
+        return math.fsum(share.samples / total * value(share) for share in shares)
 
     first = shares[0]
     accuracies = [share.accuracy for share in shares if share.accuracy is not None]
@@ -158,13 +161,29 @@ def _listed(values: Iterator[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
+def _whole(first: AnyMetadata, facts: Mapping[str, Any]) -> AnyMetadata:
+    """A share's metadata with what the whole says of itself; checked, since no share is trusted.
+
+    Raises:
+        SidecarError: If that is none that could be read again.
+    """
+    try:
+        return type(first).model_validate({**first.model_dump(), **facts})
+    except ValidationError as error:
+        what = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in what["loc"])
+        raise SidecarError(
+            f"the shares do not add up: '{where:.80}': {what['msg']:.200}; nothing was written"
+        ) from error
+
+
 def _write_mask(shares: Sequence[Sidecar], facts: Mapping[str, Any], out: Path) -> Sidecar:
-    metadata = shares[0].metadata.model_copy(update=facts)
+    metadata = _whole(shares[0].metadata, facts)
     factors = _factors(shares)
     dtype = fisher_dtype(metadata.settings)
     fisher = {
         output: {
-            node: _sum([share.fisher[output][node] for share in shares], factors).to(dtype)
+            node: _sum([share.fisher[output][node] for share in shares], factors, dtype, f"{output}.{node}")
             for node in vectors
         }
         for output, vectors in shares[0].fisher.items()
@@ -178,9 +197,9 @@ def _write_factored(
     shares: Sequence[FactoredSidecar], facts: Mapping[str, Any], out: Path
 ) -> FactoredSidecar:
     factors = _factors(shares)
-    metadata = shares[0].metadata.model_copy(update={**facts, "mean": _mean(shares, factors)})
+    metadata = _whole(shares[0].metadata, {**facts, "mean": _mean(shares, factors)})
     packed = {
-        name: _sum([share.packed[name] for share in shares], factors).to(torch.float32)
+        name: _sum([share.packed[name] for share in shares], factors, torch.float32, name)
         for name in shares[0].packed
     }
     whole = FactoredSidecar(metadata, packed, str(out))
@@ -192,7 +211,7 @@ def _write_diagonal(
     shares: Sequence[DiagonalSidecar], facts: Mapping[str, Any], out: Path
 ) -> DiagonalSidecar:
     factors = _factors(shares)
-    metadata = shares[0].metadata.model_copy(update={**facts, "mean": _mean(shares, factors)})
+    metadata = _whole(shares[0].metadata, {**facts, "mean": _mean(shares, factors)})
 
     def fisher(name: str) -> Tensor:
         records = [share.records[name] for share in shares]
@@ -200,10 +219,10 @@ def _write_diagonal(
 
         def part(index: Index) -> Tensor:
             parts = [share.fisher(one, index) for share, one in zip(shares, records, strict=True)]
-            return _sum(parts, factors)
+            return _sum(parts, factors, total.dtype, name)
 
         for index in blocks(records[0].shape, CPU_BYTES // 8):
-            total[index] = part(index).to(total.dtype)
+            total[index] = part(index)
         return total
 
     return write_diagonal(metadata, fisher, out)
@@ -222,6 +241,16 @@ def _factors(shares: Sequence[AnySidecar]) -> list[float]:
     return [share.metadata.samples / total for share in shares]
 
 
-def _sum(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-    """In float64."""
-    return torch.stack([part.double() * factor for part, factor in zip(parts, factors, strict=True)]).sum(0)
+def _sum(parts: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype, name: str) -> Tensor:
+    """Added in float64, rounded once.
+
+    Raises:
+        SidecarError: If it is too large for the dtype (names what it is of).
+    """
+    wide = torch.stack([part.double() * factor for part, factor in zip(parts, factors, strict=True)]).sum(0)
+    total = wide.to(dtype)
+    if not bool(total.isfinite().all()):
+        raise SidecarError(
+            f"the shares do not add up: {name:.100} would be more than {dtype} holds; nothing was written"
+        )
+    return total

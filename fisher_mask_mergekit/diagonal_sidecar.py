@@ -306,5 +306,7 @@ def _readable(sidecar: DiagonalSidecar, shard: str) -> Iterator[Path]:
         )
     try:
         yield path
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except OSError as error:
+        raise SidecarError(f"cannot read {path}: {error.strerror or error}") from error
+    except (SafetensorError, KeyError, ValueError) as error:
         raise SidecarError(f"{path} is not a whole safetensors file: {first_line(error)}") from error

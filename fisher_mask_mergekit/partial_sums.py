@@ -31,6 +31,9 @@ FORMAT_VERSION: Literal[1] = 1
 EVERY = 60.0
 """Seconds from one writing to the next."""
 
+_MOST_NAMED = 5
+"""Of the differences that a message tells."""
+
 _SHARE_OF_TIME = 1 / 20
 """That writing may take at most: full-size sums are as large as the model, and take longer than mask nodes' do."""
 
@@ -74,8 +77,8 @@ class PartialSums(Generic[Key]):
         find_request: Says what the numbers depend on. Asked only if there is something to be compared or written.
         keys: The sums' keys by the names that they have in the file.
         total: How many samples there are.
-        every: Seconds from one writing to the next, at least; more where writing takes long. 0: nothing is written, read
-            or removed.
+        every: Seconds from one writing to the next, at least; more where writing takes long. 0: nothing is written, nor
+            gone on from.
         say: Tells the user something.
     """
 
@@ -144,9 +147,10 @@ class PartialSums(Generic[Key]):
         if metadata.total != self.total:
             other.append(f"{metadata.total} samples with something to predict, now {self.total}")
         if other:
+            more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
             raise SidecarError(
                 f"an interrupted run left sums over {metadata.samples} of {metadata.total} samples that do not go with "
-                f"this one's: {'; '.join(other)}. Run its command again to go on with it, or begin anew:  --force\n"
+                f"this one's: {'; '.join(other[:_MOST_NAMED])}{more}. Run its command again to go on with it, or begin anew:  --force\n"
                 f"  (they are in {self.path})"
             )
 
@@ -184,8 +188,6 @@ class PartialSums(Generic[Key]):
 
     def remove(self) -> None:
         """There is nothing left to go on with."""
-        if not self.every:
-            return
         with suppress(OSError):  # What was measured is measured all the same.
             self.path.unlink(missing_ok=True)
 

@@ -171,6 +171,10 @@ def _join(device: str | None, store: dist.Store, rank: int, count: int) -> torch
             f"device '{device}' is one for {count} processes; give --device {asked.type}, and each takes one of its own"
         )
     kind = asked.type
+    if device is not None and kind not in ("cpu", "cuda", "xpu"):
+        raise RecipeError(
+            f"several processes cannot measure on {kind}; give --device cpu, or start one process"
+        )
     is_cpu = kind not in ("cuda", "xpu")
     backends = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
     with _contact():
@@ -214,7 +218,8 @@ def _lost(error: RuntimeError) -> ProcessError:
         0
     ]  # Without where in gloo, and its advice.
     return ProcessError(
-        f"no contact to the other processes: {reason}; one of them ended, or its machine cannot be reached"
+        f"no contact to the other processes: {reason}; one of them ended, its machine cannot be reached, or it is more than "
+        f"{PATIENCE.total_seconds() / 60:g} minutes behind"
     )
 
 

@@ -212,6 +212,57 @@ def test_unlike_ones_do_not_add_up(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ({"loss": 1.7e308}, {"loss": 1.7e308}, None),  # Their mean is a number, their sum is none.
+        (
+            {"device": "a" * 8000},
+            {"device": "b" * 8000},
+            "do not add up: 'device': String should have at most",
+        ),
+        ({"data": {"rows": 7}}, {"data": {"rows": 7}}, "do not add up: '': .*no more samples than rows"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(
+    model: Path, data: Path, tmp_path: Path, first: dict[str, Any], second: dict[str, Any], what: str | None
+) -> None:
+    shares = [read(path) for path in shares_of(model, data, 2)]
+    paths = [
+        altered(share, tmp_path / f"{number}.safetensors", **changes)
+        for number, (share, changes) in enumerate(zip(shares, (first, second), strict=True))
+    ]
+    out = tmp_path / "out"
+    if what is None:
+        combine(paths, out)
+        assert read(out).metadata.loss == pytest.approx(1.7e308)
+        return
+    with pytest.raises(SidecarError, match=what):
+        combine(paths, out)
+    assert not out.exists()
+
+
+def test_numbers_that_are_too_large_together_are_not_written(model: Path, data: Path, tmp_path: Path) -> None:
+    before = measure(model, data)
+    first, second = shares_of(model, data, 2)
+    share = read(second)
+    site, node = next((site, node) for site, vectors in share.fisher.items() for node in vectors)
+    fisher = {name: dict(vectors) for name, vectors in share.fisher.items()}
+    fisher[site][node] = torch.full_like(fisher[site][node], 1e300)
+    write(replace(share, fisher=fisher), second)
+    with pytest.raises(
+        SidecarError, match=f"{site}.{node} would be more than torch.float32 holds; nothing was"
+    ):
+        combine([first, second], Path(before.source))
+    assert_close(numbers(read(Path(before.source))), numbers(before), rtol=0, atol=0)
+
+
+def test_shares_of_unlike_numbers_are_no_doubles(model: Path, data: Path, tmp_path: Path) -> None:
+    half, third = shares_of(model, data, 2)[0], shares_of(model, data, 3)[0]
+    with pytest.raises(SidecarError, match=r"settings\.share is 'one of 2' there, 'one of 3' here"):
+        combine([half, third], tmp_path / "out")
+
+
 def test_names_of_files_may_differ_between_machines(model: Path, data: Path, tmp_path: Path) -> None:
     first, second = shares_of(model, data, 2)
     changes = {

@@ -216,6 +216,12 @@ def test_a_process_is_launched_if_it_has_a_place_on_its_machine(monkeypatch: pyt
     assert not is_launched(least=1)
 
 
+def test_no_device_is_silently_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "pick_device", torch.device)
+    with pytest.raises(RecipeError, match="several processes cannot measure on mps; give --device cpu"):
+        processes._join("mps", dist.HashStore(), 0, 2)
+
+
 @pytest.mark.usefixtures("second_of_two")
 def test_other_commands_refuse_to_run_in_several_processes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -222,6 +222,26 @@ def test_other_options_refuse_to_go_on_and_say_which(
     assert not partial_path(job.target).exists()
 
 
+def test_a_run_that_saves_nothing_leaves_nothing_of_an_interrupted_one(model: Path, data: Path) -> None:
+    measured(job_of(model, data), after=2)
+    job = job_of(model, data)
+    assert partial_path(job.target).is_file()
+    assert sum(measured(job, checkpoint_every=0)[1]) == SAMPLES
+    assert not partial_path(job.target).exists()
+
+
+def test_a_message_names_some_differences_however_many_there_are(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"field {number}": number for number in range(1000)}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepass, "request_of", lambda *_: many)
+        measured(job_of(model, data), after=2)
+    with pytest.raises(SidecarError, match=r" and 10\d\d more\. Run its command again") as caught:
+        measured(job_of(model, data))
+    assert len(str(caught.value)) < 2000
+
+
 def test_layers_that_run_again_and_another_version_refuse_too(
     model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
