@@ -36,6 +36,10 @@ class SidecarMismatchError(SidecarError):
     """A sidecar was not measured on the checkpoint it is used for."""
 
 
+class SidecarShareError(SidecarError):
+    """A sidecar is of a share of the samples, where one of all is needed, or would be lost."""
+
+
 class SidecarNotFoundError(SidecarError):
     """There is no sidecar for a checkpoint."""
 

@@ -20,7 +20,7 @@ from fisher_mask_mergekit.checkpoint import (
 )
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
 from fisher_mask_mergekit.diagonal_sidecar import may_replace_diagonal
-from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError
+from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError, SidecarShareError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
@@ -123,6 +123,8 @@ def prepare(
     target = out or store.of_share(store.destination(checkpoint, settings.kind), settings.share)
     if writes and not _may_write(target, settings.kind, chosen=out is not None):
         raise SidecarError(f"{target} exists and is no sidecar; it was left as it is")
+    if writes and not force and settings.share is None:
+        _keep_share(target, settings.kind)
     weights = digest_of(read_tensors(checkpoint, shapes))
     places = () if force else [target] if out or settings.share else store.find_all(checkpoint, settings.kind)
     answers = (_same_request(path, weights, settings, task, sites) for path in places)
@@ -154,6 +156,19 @@ def prepare(
         force=force,
         served=found,
     )
+
+
+def _keep_share(target: Path, kind: Kind) -> None:
+    """Refuse to replace a share of a measurement by a whole one: it may be hours of a machine's work."""
+    try:
+        share = read_any(target, kind).metadata.settings.share
+    except SidecarError:
+        return
+    if share is not None:
+        raise SidecarShareError(
+            f"{target} is share {share} of a measurement, and was left as it is. Take another place (--out, or the recipe's "
+            "sidecar), or replace it with --force"
+        )
 
 
 def _inputs(

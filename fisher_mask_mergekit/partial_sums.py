@@ -150,8 +150,8 @@ class PartialSums(Generic[Key]):
             more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
             raise SidecarError(
                 f"an interrupted run left sums over {metadata.samples} of {metadata.total} samples that do not go with "
-                f"this one's: {'; '.join(other[:_MOST_NAMED])}{more}. Run its command again to go on with it, or begin anew:  --force\n"
-                f"  (they are in {self.path})"
+                f"this one's: {'; '.join(other[:_MOST_NAMED])}{more}. Run its command again to go on with it, or begin anew, with --force "
+                f"or by deleting them:  {self.path}"
             )
 
     def keep(self, tally: Tally[Key], check: Callable[[], None]) -> None:

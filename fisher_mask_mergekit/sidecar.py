@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fisher_mask_mergekit.errors import SidecarError
+from fisher_mask_mergekit.errors import SidecarError, SidecarShareError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, probe
 from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import FisherSettings
@@ -220,10 +220,10 @@ def whole(sidecar: AnyKind) -> AnyKind:
     """The same, unless it was measured on a share of the samples only.
 
     Raises:
-        SidecarError: If it was.
+        SidecarShareError: If it was.
     """
     if (share := sidecar.metadata.settings.share) is not None:
-        raise SidecarError(
+        raise SidecarShareError(
             f"{sidecar.source} is share {share} of a measurement, not all of it. Add it to the other shares:  "
             "mergekit-fisher combine SHARE... --out SIDECAR"
         )

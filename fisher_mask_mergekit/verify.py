@@ -55,9 +55,11 @@ def find(target: str) -> tuple[AnySidecar, str | None]:
     place = Path(target)
     if place.is_dir() and not is_diagonal(place):
         return sidecar, target
-    beside = store.PLACES[sidecar.metadata.settings.kind]
     path = place.absolute()
-    lies_in_one = path.parts[-2:] == beside.parts and (path.parents[1] / "config.json").is_file()
+    folder = store.PLACES[
+        sidecar.metadata.settings.kind
+    ].parent  # Beside a share may lie others, and what was kept.
+    lies_in_one = path.parent.name == folder.name and (path.parents[1] / "config.json").is_file()
     return sidecar, str(path.parents[1]) if lies_in_one else None
 
 

@@ -16,7 +16,7 @@ from transformers import BertForMaskedLM
 
 from fisher_mask_mergekit import prepass
 from fisher_mask_mergekit.combine import combine
-from fisher_mask_mergekit.errors import DataError, RecipeError, SidecarError
+from fisher_mask_mergekit.errors import DataError, RecipeError, SidecarError, SidecarShareError
 from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import find_sidecar
@@ -26,6 +26,7 @@ from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sharing.publish import find_measured
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from fisher_mask_mergekit.verify import find
 from tests import tiny
 from tests.test_cli import run
 
@@ -324,7 +325,9 @@ def test_a_merge_a_check_and_the_hub_take_whole_ones_only(model: Path, data: Pat
             f"  - {{model: {model}, parameters: {{weight: 1, sidecar: {share}}}}}\n"
             f"  - {{model: {other}, parameters: {{weight: 1}}}}\n"
         )
-        assert re.search(message, run("check", recipe, code=1).stdout)
+        told = run("check", recipe, code=1).stdout
+        assert re.search(message, told)
+        assert "add all shares up" in told  # And not: measure into the share's place.
     with pytest.raises(SidecarError, match=message):
         find_measured(str(shares_of(model, data, 2)[0]))
 
@@ -346,6 +349,24 @@ def test_a_recipe_measures_a_share_of_each_model_into_a_place_of_its_own(
     run("combine", *named, "-o", place)
     assert run("compute", recipe).stdout.count("measured before") == 2
     assert [model.settings and model.settings.share for model in read_recipe(recipe).models] == [None, None]
+
+
+def test_no_share_is_replaced_by_a_whole_one(model: Path, data: Path) -> None:
+    share, _ = shares_of(model, data, 2)
+    kept = share.read_bytes()
+    with pytest.raises(
+        SidecarShareError, match=r"is share 1/2 of a measurement, and was left as it is.*--force"
+    ):
+        measure(model, data, share)
+    assert share.read_bytes() == kept
+    settings = FisherSettings(data=str(data), samples=SAMPLES)
+    prepass.compute(prepare(str(model), settings, out=share, force=True), torch.device("cpu"))
+    assert read(share).metadata.settings.share is None
+
+
+def test_a_share_in_a_checkpoints_folder_is_verified_against_it(model: Path, data: Path) -> None:
+    share, _ = shares_of(model, data, 2)
+    assert find(str(share))[1] == str(model)
 
 
 def test_a_share_without_samples_and_one_that_cannot_be(model: Path, data: Path) -> None:

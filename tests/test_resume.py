@@ -210,7 +210,7 @@ def test_other_options_refuse_to_go_on_and_say_which(
     job = job_of(model, data, **{"kind": kind} | change)
     left = partial_path(job.target).read_bytes()
     with pytest.raises(
-        SidecarError, match=rf"left sums over \d+ of 16 samples .*{what}.* begin anew:  --force"
+        SidecarError, match=rf"left sums over \d+ of 16 samples .*{what}.* begin anew, with --force"
     ):
         measured(job, **how)
     assert partial_path(job.target).read_bytes() == left

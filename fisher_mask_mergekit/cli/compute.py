@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -206,7 +207,7 @@ def compute(
                     job, where, processes, batch_tokens=batch_tokens, recompute=recompute, spread=spread
                 )
                 continue
-            with progress(name) as (on_start, on_batch):
+            with _kept_if_interrupted(name, job.target), progress(name) as (on_start, on_batch):
                 outcome = prepass.compute(
                     job,
                     where,
@@ -223,6 +224,19 @@ def compute(
                     processes=processes,
                 )
             _report(name, outcome)
+
+
+@contextmanager
+def _kept_if_interrupted(name: str, target: Path) -> Iterator[None]:
+    """Say of an interrupted measurement what there is to go on from."""
+    from fisher_mask_mergekit.store import partial_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (partial := partial_path(target)).is_file():
+            say(f"{name}: what was summed is kept in {partial}; the same command goes on from there")
+        raise
 
 
 def _requests(

@@ -6,7 +6,7 @@ from typing import Any
 
 from fisher_mask_mergekit import hub, store
 from fisher_mask_mergekit.checkpoint import modern, read_tensors
-from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError
+from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarMismatchError, SidecarShareError
 from fisher_mask_mergekit.merging import with_own_sidecar
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.parameter_records import ParameterSidecar
@@ -55,7 +55,7 @@ def check_sidecars(
         try:
             sidecars[model.name] = sidecar_of(model, models[model.name])
         except SidecarError as error:
-            yield Finding("error", "sidecar", str(error), _compute(recipe, model))
+            yield _unusable(recipe, model, error)
             continue
         sidecar = sidecars[model.name]
         if sidecar is None:
@@ -83,7 +83,7 @@ def _of_parameters(
             path = store.sidecar_of(model.sidecar, peeked.checkpoint, kind)
             sidecar = None if path is None else whole(read_any(path, kind))
         except SidecarError as error:
-            yield Finding("error", "sidecar", str(error), _compute(recipe, model))
+            yield _unusable(recipe, model, error)
             continue
         if sidecar is None:
             if peeked.checkpoint.revision is None or kind == "factored":
@@ -119,6 +119,12 @@ def _compute(recipe: Recipe, model: RecipeModel) -> str:
         kind = "" if model.kind == "mask" else f" --kind {model.kind}"
         command = f"mergekit-fisher compute {shlex.quote(model.name)}{kind} --data DATASET{out}"
     return with_own_sidecar(recipe.models, model.name, command)
+
+
+def _unusable(recipe: Recipe, model: RecipeModel, error: SidecarError) -> Finding:
+    # Measured anew into its place, a share would be lost.
+    remedy = "add all shares up" if isinstance(error, SidecarShareError) else _compute(recipe, model)
+    return Finding("error", "sidecar", str(error), remedy)
 
 
 def _absent(recipe: Recipe, model: RecipeModel, outputs: Sequence[Output]) -> Finding:
