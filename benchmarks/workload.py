@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fisher_mask_mergekit.batches import encode_samples, growing_limits, padded_batches
+from fisher_mask_mergekit.batches import growing_limits, padded_batches
 from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.data import load_samples
+from fisher_mask_mergekit.encoding import encode_samples
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import Site
 from fisher_mask_mergekit.skeleton import sites_of

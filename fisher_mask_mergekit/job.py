@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.batches import EncodedSamples, encode_samples, lacks_for_padding
+from fisher_mask_mergekit.batches import lacks_for_padding
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
     file_states,
@@ -20,6 +20,7 @@ from fisher_mask_mergekit.checkpoint import (
 )
 from fisher_mask_mergekit.data import Samples, hub_revision, load_samples, parse_spec
 from fisher_mask_mergekit.diagonal_sidecar import may_replace_diagonal
+from fisher_mask_mergekit.encoding import EncodedSamples, encode_samples
 from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError, SidecarShareError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.opening import AnySidecar, read_any

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fisher_mask_mergekit.batches import EncodedSamples
 from fisher_mask_mergekit.checkpoint import model_files
+from fisher_mask_mergekit.encoding import EncodedSamples
 from fisher_mask_mergekit.job import Inputs, Job
 
 _LIBRARIES = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")

@@ -11,17 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from fisher_mask_mergekit import batches as batches_module
-from fisher_mask_mergekit.batches import (
-    FIRST_TOKENS,
-    EncodedSamples,
-    Limit,
-    _ahead,
-    _batch,
-    encode_samples,
-    growing_limits,
-    padded_batches,
-)
+from fisher_mask_mergekit import encoding
+from fisher_mask_mergekit.batches import FIRST_TOKENS, Limit, _ahead, _batch, growing_limits, padded_batches
 from fisher_mask_mergekit.data import Samples
+from fisher_mask_mergekit.encoding import EncodedSamples, encode_samples
 from fisher_mask_mergekit.errors import CheckpointError, DataError
 from fisher_mask_mergekit.tasks import Batch, CausalLM, Encoded, Tokenization
 from fisher_mask_mergekit.tasks.sequences import Regression
@@ -157,7 +150,7 @@ RECORD: Any = None
 
 @pytest.fixture
 def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "SAMPLES_PER_PROCESS", 2)
+    monkeypatch.setattr(encoding, "SAMPLES_PER_PROCESS", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
 
@@ -172,7 +165,7 @@ def test_many_samples_are_tokenised_by_several_processes_as_one_would(
         got = encode_samples(samples, task, how)
         with monkeypatch.context() as one:
             one.setattr(torch, "get_num_threads", lambda: 1)
-            one.setattr(batches_module.datasets.Dataset, "map", None)
+            one.setattr(encoding.datasets.Dataset, "map", None)
             assert encode_samples(samples, task, how) == got
         assert got.left_out == (1 if isinstance(task, CausalLM) else 0)
 

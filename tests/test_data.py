@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.batches import Limit, encode_samples, lacks_for_padding, padded_batches
+from fisher_mask_mergekit.batches import Limit, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec
+from fisher_mask_mergekit.encoding import encode_samples
 from fisher_mask_mergekit.errors import CheckpointError, DataError
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.tasks import (

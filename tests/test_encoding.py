@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fisher_mask_mergekit.batches import encode_samples
 from fisher_mask_mergekit.data import Samples
+from fisher_mask_mergekit.encoding import encode_samples
 from fisher_mask_mergekit.errors import CheckpointError, DataError
 from fisher_mask_mergekit.sidecar import DataRecord
 from fisher_mask_mergekit.tasks import (

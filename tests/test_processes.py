@@ -14,10 +14,11 @@ import typer
 from torch.testing import assert_close
 
 from fisher_mask_mergekit import processes
-from fisher_mask_mergekit.batches import EncodedSamples, Limit, batches_in_step, dealt
+from fisher_mask_mergekit.batches import Limit, batches_in_step, dealt
 from fisher_mask_mergekit.cli.launched import is_launched, spread_by_launcher
 from fisher_mask_mergekit.cli.output import errors
 from fisher_mask_mergekit.diagonal import diagonal_fisher
+from fisher_mask_mergekit.encoding import EncodedSamples
 from fisher_mask_mergekit.errors import CheckpointError, DataError, ProcessError, RecipeError, ToldError
 from fisher_mask_mergekit.execution import check_options
 from fisher_mask_mergekit.factored import factored_fisher

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.batches import encode_samples
 from fisher_mask_mergekit.data import load_samples
+from fisher_mask_mergekit.encoding import encode_samples
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read
 from fisher_mask_mergekit.sites import Site

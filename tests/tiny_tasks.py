@@ -30,7 +30,8 @@ from transformers import (
 )
 from transformers import BertForPreTraining as BertWithTwoHeads
 
-from fisher_mask_mergekit.batches import EncodedSamples, Limit, padded_batches
+from fisher_mask_mergekit.batches import Limit, padded_batches
+from fisher_mask_mergekit.encoding import EncodedSamples
 from fisher_mask_mergekit.tasks import IGNORED, Batch, Encoded
 from tests import tiny
 

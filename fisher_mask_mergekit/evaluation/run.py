@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit.batches import Limit, encode_samples, lacks_for_padding, padded_batches
+from fisher_mask_mergekit.batches import Limit, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.checkpoint import Checkpoint, read_tensors, side_files, tensor_shapes
+from fisher_mask_mergekit.encoding import encode_samples
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.evaluation.plan import Contender, Options, Plan, Subject
 from fisher_mask_mergekit.evaluation.predictions import (
