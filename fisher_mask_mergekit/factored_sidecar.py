@@ -28,14 +28,13 @@ from fisher_mask_mergekit.parameter_records import (
     check_records,
 )
 from fisher_mask_mergekit.seal import seal
-from fisher_mask_mergekit.sidecar import FACTORED_KEY, check_version, parse
+from fisher_mask_mergekit.sidecar import FACTORED_KEY, metadata_text, parse
 from fisher_mask_mergekit.sites import Count
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.untrusted import (
     MOST_AXES,
     MOST_SIDECAR_BYTES,
     read_header,
-    read_json,
     read_regular,
 )
 
@@ -150,7 +149,8 @@ def read_factored(path: Path) -> FactoredSidecar:
         SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
     """
     content = read_regular(path, MOST_SIDECAR_BYTES, "sidecar", SidecarError)
-    text = _metadata_text(read_header(BytesIO(content), path), path)
+    header, what = read_header(BytesIO(content), path), "sidecar of rows and columns (nodes: all)"
+    text = metadata_text(header, path, FACTORED_KEY, what, FORMAT_VERSION)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -162,18 +162,6 @@ def read_factored(path: Path) -> FactoredSidecar:
     for view in metadata.views:
         sidecar.factors(view)
     return sidecar
-
-
-def _metadata_text(header: bytes, path: Path) -> str:
-    try:
-        text = read_json(header.decode(), path)["__metadata__"][FACTORED_KEY]
-        version = read_json(text, path)["format_version"]
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise SidecarError(
-            f"{path} is not a sidecar of rows and columns (nodes: all): it has no such metadata"
-        ) from error
-    check_version(path, version, FORMAT_VERSION)
-    return str(text)
 
 
 def _check_tensors(sidecar: FactoredSidecar) -> None:

@@ -274,7 +274,12 @@ def read(path: Path) -> Sidecar:
         SidecarError: If it is not a whole, consistent sidecar of a format this version knows.
     """
     content = read_regular(path, MOST_SIDECAR_BYTES, "sidecar", SidecarError)
-    text = _metadata_text(read_header(BytesIO(content), path), path)
+    header = read_header(BytesIO(content), path)
+    if f'"{FACTORED_KEY}"'.encode() in header:
+        raise SidecarError(
+            f"{path} is a sidecar of rows and columns, which fisher_mask takes with nodes: all; it has no mask nodes"
+        )
+    text = metadata_text(header, path, METADATA_KEY, "sidecar of fisher-mask-mergekit", FORMAT_VERSION)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -303,20 +308,26 @@ def may_replace(path: Path) -> bool:
         return False
 
 
-def _metadata_text(header: bytes, path: Path) -> str:
-    if f'"{FACTORED_KEY}"'.encode() in header:
-        raise SidecarError(
-            f"{path} is a sidecar of rows and columns, which fisher_mask takes with nodes: all; it has no mask nodes"
-        )
+def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) -> str:
+    """The sealed metadata in a safetensors file's header.
+
+    Args:
+        header: The header.
+        path: Where it is, for messages.
+        key: What the metadata goes by.
+        what: What the file should be, for messages.
+        known: The format version that is read.
+
+    Raises:
+        SidecarError: If there is none, or it is of another version.
+    """
     try:
-        text = read_json(header.decode(), path)["__metadata__"][METADATA_KEY]
+        text = read_json(header.decode(), path)["__metadata__"][key]
         version = read_json(text, path)["format_version"]
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise SidecarError(
-            f"{path} is not a sidecar of fisher-mask-mergekit: it has no such metadata"
-        ) from error
-    check_version(path, version, FORMAT_VERSION)
-    return text
+        raise SidecarError(f"{path} is not a {what}: it has no such metadata") from error
+    check_version(path, version, known)
+    return str(text)
 
 
 def check_version(path: Path, version: Any, known: int) -> None:
