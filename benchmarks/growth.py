@@ -56,8 +56,6 @@ AIMS = {
     ("heads", "memory"): FLAT,
     (COMPUTED, "time"): LINEAR,
     (COMPUTED, "memory"): FLAT,
-    ("models merged", "time"): LINEAR,
-    ("layers merged", "time"): LINEAR,
 }
 """The most that an exponent should be."""
 
@@ -131,13 +129,20 @@ def _number(point: Mapping[str, Any], name: str) -> float:
 def exponents(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[tuple[str, str, float, float | None]]:
-    """Of every curve and what grows in it: the fitted exponent, and the most that it should be."""
+    """Of every curve and what grows in it: the fitted exponent, and the most that it should be.
+
+    A merge's time may grow as ``linear``'s does, which reads and writes the same.
+    """
     found = []
     for name, points in curves.items():
         fits = {"time": exponent(points, "wall"), "memory": exponent(points, "memory")}
         if "flops" in points[0] and name != "heads":  # Those are as many, however many heads.
             fits["time by FLOPs"] = exponent(points, "wall", "flops")
-        found += [(name, what, value, AIMS.get((name, what))) for what, value in fits.items()]
+        aims = {what: AIMS.get((name, what)) for what in fits}
+        if "linear_wall" in points[0]:
+            fits["linear's time"] = exponent(points, "linear_wall")
+            aims["time"] = max(LINEAR, fits["linear's time"])
+        found += [(name, what, value, aims.get(what)) for what, value in fits.items()]
     return found
 
 
@@ -148,7 +153,7 @@ def markdown(record: Mapping[str, Any]) -> dict[str, str]:
     rows = [["grows with", "what", "exponent", "at most"]]
     for name, what, value, aim in exponents(record["curves"]):
         short = ": falls short" if aim is not None and not value <= aim else ""
-        rows.append([name, what, f"{value:.2f}{short}", "" if aim is None else f"{aim:g}"])
+        rows.append([name, what, f"{value:.2f}{short}", "" if aim is None else f"{aim:.3g}"])
     tables = {heading("Exponents", record["environment"], record["device"]): aligned(rows)}
     ran_on = hardware(record["environment"], record["device"])
     for name, points in record["curves"].items():

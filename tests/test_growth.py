@@ -68,6 +68,17 @@ def test_exponents_are_the_slopes_of_the_medians() -> None:
     }
 
 
+def test_a_merge_may_grow_as_linear_does() -> None:
+    growth = benchmark("growth")
+    points = [{"x": x, "wall": [x**1.1], "memory": 1, "linear_wall": [x**1.2]} for x in (1, 2, 4)]
+    found = {what: (value, aim) for _, what, value, aim in growth.exponents({"layers merged": points})}
+    assert_close(found["linear's time"][0], 1.2)
+    assert_close(found["time"], (1.1, 1.2))
+    points = [{**point, "linear_wall": [1.0]} for point in points]
+    (time,) = (aim for _, what, _, aim in growth.exponents({"models merged": points}) if what == "time")
+    assert time == growth.LINEAR
+
+
 def test_the_curves_become_tables_and_a_picture(tmp_path: Path) -> None:
     growth = benchmark("growth")
     record = {"environment": record_of("cpu")["environment"], "device": "cpu", "curves": curves()}
