@@ -124,7 +124,11 @@ def test_so_it_is_where_each_sees_its_own_disk_and_one_is_lost(
     assert sorted(second["0"] + first["1"] + second["1"]) == list(range(SAMPLES))
     assert [[file.name for file in place.iterdir()] for place in places] == [["sidecar"], []]
     whole = tmp_path / "whole"
-    together(model, data, whole, tmp_path / "third", kind="diagonal")
+    partial_path(whole, 1, 2).mkdir()
+    ended = together(model, data, whole, tmp_path / "third", kind="diagonal")
+    unwritten = f"{model}: process 1 of 2: cannot write {partial_path(whole, 1, 2)}: Is a directory; measuring goes on"
+    assert unwritten in ended[1].stderr
+    assert ended[0].stdout.startswith(f"{model}: 16 samples, ")
     assert_equal(read_any(places[0] / out), read_any(whole))
 
 
