@@ -203,8 +203,7 @@ def _partial_targets(place: Path, sidecar: Sidecar) -> dict[str, Target]:
 
 
 def _refuse_damaged(note: str) -> None:
-    if not note.startswith("going on after"):
-        raise FisherMaskError(note)
+    raise FisherMaskError(note)
 
 
 def _use_partial(sums: PartialSums[Any], wanted: Progress[Any], content: bytes) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.blocks import CPU_BYTES, Index, blocks
+from fisher_mask_mergekit.blocks import CPU_BYTES, blocks
 from fisher_mask_mergekit.diagonal_sidecar import (
     DiagonalSidecar,
     may_replace_diagonal,
@@ -183,8 +183,14 @@ def _write_mask(shares: Sequence[Sidecar], facts: Mapping[str, Any], out: Path) 
     dtype = fisher_dtype(metadata.settings)
     fisher = {
         output: {
-            node: _sum([share.fisher[output][node] for share in shares], factors, dtype, f"{output}.{node}")
-            for node in vectors
+            node: _sum(
+                [share.fisher[output][node] for share in shares],
+                factors,
+                vector.shape,
+                dtype,
+                f"{output}.{node}",
+            )
+            for node, vector in vectors.items()
         }
         for output, vectors in shares[0].fisher.items()
     }
@@ -199,8 +205,8 @@ def _write_factored(
     factors = _factors(shares)
     metadata = _whole(shares[0].metadata, {**facts, "mean": _mean(shares, factors)})
     packed = {
-        name: _sum([share.packed[name] for share in shares], factors, torch.float32, name)
-        for name in shares[0].packed
+        name: _sum([share.packed[name] for share in shares], factors, whole.shape, torch.float32, name)
+        for name, whole in shares[0].packed.items()
     }
     whole = FactoredSidecar(metadata, packed, str(out))
     write_factored(whole, out)
@@ -214,18 +220,17 @@ def _write_diagonal(
     metadata = _whole(shares[0].metadata, {**facts, "mean": _mean(shares, factors)})
 
     def fisher(name: str) -> Tensor:
-        records = [share.records[name] for share in shares]
-        total = torch.empty(records[0].shape)
-
-        def part(index: Index) -> Tensor:
-            parts = [share.fisher(one, index) for share, one in zip(shares, records, strict=True)]
-            return _sum(parts, factors, total.dtype, name)
-
-        for index in blocks(records[0].shape, CPU_BYTES // 8):
-            total[index] = part(index)
-        return total
+        shape = shares[0].records[name].shape
+        return _sum(_one_by_one(shares, name), factors, shape, torch.float32, name)
 
     return write_diagonal(metadata, fisher, out)
+
+
+def _one_by_one(shares: Sequence[DiagonalSidecar], name: str) -> Iterator[Tensor]:
+    """A parameter's numbers in each; however many there are, few files are open at once."""
+    for share in shares:
+        yield share.fisher(share.records[name])
+        share.close()
 
 
 def _mean(shares: Sequence[FactoredSidecar | DiagonalSidecar], factors: Sequence[float]) -> float:
@@ -241,13 +246,18 @@ def _factors(shares: Sequence[AnySidecar]) -> list[float]:
     return [share.metadata.samples / total for share in shares]
 
 
-def _sum(parts: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype, name: str) -> Tensor:
-    """Added in float64, rounded once.
+def _sum(
+    parts: Iterable[Tensor], factors: Sequence[float], shape: Sequence[int], dtype: torch.dtype, name: str
+) -> Tensor:
+    """Added in float64, one share after the other from the first to the last, and rounded once.
 
     Raises:
         SidecarError: If it is too large for the dtype (names what it is of).
     """
-    wide = torch.stack([part.double() * factor for part, factor in zip(parts, factors, strict=True)]).sum(0)
+    wide = torch.zeros(tuple(shape), dtype=torch.float64)
+    for part, factor in zip(parts, factors, strict=True):
+        for index in blocks(shape, CPU_BYTES // 8):
+            wide[index] += part[index].double() * factor
     total = wide.to(dtype)
     if not bool(total.isfinite().all()):
         raise SidecarError(

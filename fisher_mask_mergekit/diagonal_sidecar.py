@@ -81,29 +81,36 @@ class DiagonalSidecar(ParameterSidecar):
     folder: Path
     _checked: set[str] = field(default_factory=set, init=False, repr=False)
     _means: dict[str, float] = field(default_factory=dict, init=False, repr=False)
-    _files: dict[str, tuple[BinaryIO, dict[str, int]]] = field(default_factory=dict, init=False, repr=False)
+    _files: dict[str, BinaryIO] = field(default_factory=dict, init=False, repr=False)
+    _starts: dict[str, dict[str, int]] = field(default_factory=dict, init=False, repr=False)
+    """Where in each shard's file each parameter's numbers begin, in bytes."""
 
     @property
     def source(self) -> str:
         """Where it was read from, for messages."""
         return str(self.folder)
 
-    def _opened(self, shard: str) -> tuple[BinaryIO, dict[str, int]]:
-        """A shard's file, and where in it each parameter's numbers begin, in bytes.
-
-        It stays open: what was checked is what is read, also if another sidecar takes this one's place meanwhile.
-        """
+    def _opened(self, shard: str) -> BinaryIO:
+        """A shard's file, which stays open: what was checked is what is read, also if another sidecar takes this one's place."""
         if shard not in self._files:
             with _readable(self, shard) as path:
                 file = path.open("rb")
-                header = read_header(file, path)
-                starts = {
-                    name: 8 + len(header) + entry["data_offsets"][0]
-                    for name, entry in json.loads(header).items()
-                    if name != "__metadata__"
-                }
-            self._files[shard] = file, starts
+                if shard not in self._starts:
+                    header = read_header(file, path)
+                    self._starts[shard] = {
+                        name: 8 + len(header) + entry["data_offsets"][0]
+                        for name, entry in json.loads(header).items()
+                        if name != "__metadata__"
+                    }
+            self._files[shard] = file
         return self._files[shard]
+
+    def close(self) -> None:
+        """Let go of its files. One that is opened again may be another by then, so what is read is checked again."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._checked.clear()
 
     def fisher(self, record: AnyRecord, index: Index = ()) -> Tensor:
         """A tensor's Fisher information, or a block of it, float32, on the CPU.
@@ -145,7 +152,7 @@ class DiagonalSidecar(ParameterSidecar):
         return whole
 
     def _mapped(self, record: TensorRecord) -> Tensor:
-        file, starts = self._opened(record.shard)
+        file, starts = self._opened(record.shard), self._starts[record.shard]
         with _readable(self, record.shard):
             return torch.from_numpy(numpy.memmap(file, "<f4", "c", starts[record.names[0]], record.shape))
 

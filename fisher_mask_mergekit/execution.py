@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Literal
 
@@ -31,19 +32,72 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
+def own_device(name: str | None, place: int, here: int) -> torch.device:
+    """The device of one of several processes: of GPUs, the one that has its number. None is touched.
+
+    Args:
+        name: As :func:`pick_device` takes it, but without a number.
+        place: Which of the processes on its machine this is.
+        here: How many of them there are.
+
+    Raises:
+        RecipeError: If it is none for several processes, not there, or there are fewer GPUs than processes.
+    """
+    try:
+        asked = pick_device(None) if name is None else torch.device(name)
+    except RuntimeError:
+        return pick_device(name)  # It says what is wrong.
+    if name is not None and asked.index is not None:
+        raise RecipeError(
+            f"device '{name}' is one for all processes; give --device {asked.type}, and each takes one of its own"
+        )
+    if name is not None and asked.type not in ("cpu", "cuda", "xpu"):
+        raise RecipeError(
+            f"several processes cannot measure on {asked.type}; give --device cpu, or start one process"
+        )
+    if asked.type not in ("cuda", "xpu"):
+        return torch.device("cpu")
+    gpus, wanted = getattr(torch, asked.type).device_count(), max(here, place + 1)
+    if not gpus:
+        return pick_device(name)
+    if gpus < wanted:
+        raise RecipeError(
+            f"{wanted} processes were started on this machine, which has {gpus} GPU{'s' * (gpus > 1)}: start one for each "
+            f"(torchrun --nproc-per-node {gpus} ..., or with one machine accelerate launch --num_processes {gpus} ...), "
+            "or give --device cpu"
+        )
+    return torch.device(asked.type, place)
+
+
 Spread = Literal["layers", "shards", "offload"]
 """How weights are spread: whole layers over the GPUs of one process; in parts over all processes, on their GPUs or, until
 they are needed, in the processor's memory."""
 
 
-def is_in_parts(spread: Spread | None) -> bool:
-    """Whether every process has a part of each weight only, so that all must run alike."""
-    return spread in ("shards", "offload")
+@dataclass(frozen=True)
+class Execution:
+    """How samples run: it moves numbers in their rounding alone.
+
+    Attributes:
+        batch_tokens: Tokens per batch at most, padding included; None for as many as pay and fit.
+        recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        spread: How the weights are spread over GPUs; None for whole in every process.
+    """
+
+    batch_tokens: int | None = None
+    recompute: bool = False
+    spread: Spread | None = None
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether every process has a part of each weight only, so that all must run alike."""
+        return self.spread in ("shards", "offload")
 
 
-def check_options(
-    settings: FisherSettings, batch_tokens: int | None, *, recompute: bool, spread: Spread | None = None
-) -> None:
+PLAIN = Execution()
+
+
+def check_options(settings: FisherSettings, execution: Execution) -> None:
     """Whether a measurement can run as it is asked to.
 
     Raises:
@@ -52,19 +106,19 @@ def check_options(
             squared while the backward pass that gives them goes by, or weights are to be in parts where every process
             has a sum per weight, or where batches may differ in their number of samples.
     """
-    if settings.estimator == "batch" and batch_tokens is not None:
+    if settings.estimator == "batch" and execution.batch_tokens is not None:
         raise RecipeError(
             "estimator 'batch' squares the gradients of batches of batch_size samples; it takes no --batch-tokens"
         )
-    if settings.kind != "mask" and recompute:
+    if settings.kind != "mask" and execution.recompute:
         raise RecipeError(f"kind '{settings.kind}' keeps what every module is given; it takes no --recompute")
-    if is_in_parts(spread) and settings.kind != "mask":
+    if execution.is_in_parts and settings.kind != "mask":
         raise RecipeError(
-            f"kind '{settings.kind}' has sums for every weight in every process; it takes no --spread {spread}"
+            f"kind '{settings.kind}' has sums for every weight in every process; it takes no --spread {execution.spread}"
         )
-    if is_in_parts(spread) and settings.estimator == "batch":
+    if execution.is_in_parts and settings.estimator == "batch":
         raise RecipeError(
-            f"estimator 'batch' may end with a smaller batch, which not all processes have; it takes no --spread {spread}"
+            f"estimator 'batch' may end with a smaller batch, which not all processes have; it takes no --spread {execution.spread}"
         )
     if settings.kind != "mask" and settings.dtype == "float16":
         raise RecipeError(

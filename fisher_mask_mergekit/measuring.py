@@ -12,11 +12,12 @@ from torch import Tensor
 from fisher_mask_mergekit import measure_diagonal, measure_factored, measure_mask
 from fisher_mask_mergekit.batches import batches_in_step, dealt, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.diagonal import DiagonalFisher
+from fisher_mask_mergekit.encoding import EncodedSamples
 from fisher_mask_mergekit.execution import (
-    Spread,
+    PLAIN,
+    Execution,
     batch_limits,
     check_options,
-    is_in_parts,
     model_errors,
     to_make_smaller,
 )
@@ -53,13 +54,11 @@ def measure(
     job: Job,
     inputs: Inputs,
     device: torch.device,
+    execution: Execution = PLAIN,
     *,
-    batch_tokens: int | None = None,
-    recompute: bool = False,
     tally: Tally[Any] | None = None,
     on_start: Callable[[int], None] = lambda samples: None,
     on_batch: Callable[[Batch, Tally[Any]], None] = lambda batch, tally: None,
-    spread: Spread | None = None,
     processes: Processes = ALONE,
 ) -> Measured:
     """Load a checkpoint and run samples through it, a share of them in every process; nothing is written.
@@ -68,18 +67,16 @@ def measure(
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         inputs: Its samples, or some of them.
         device: Where to run.
-        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
-        recompute: Whether layers run again in the backward pass instead of keeping their activations.
+        execution: How.
         tally: What was summed over the first of the samples before, in the order that batches have them.
         on_start: Called before the first batch with the number of samples that are to run.
         on_batch: Called after every batch, with what was summed up to there.
-        spread: How the weights are spread over GPUs.
         processes: The run's; what they measured is added up in all of them.
 
     Raises:
         FisherMaskError: On bad input.
     """
-    check_options(job.settings, batch_tokens, recompute=recompute, spread=spread)
+    check_options(job.settings, execution)
     kind, settings = kind_of(job), job.settings
     rows, notes = settings.rows, []
     if lacking := lacks_for_padding(inputs.tokenizer):
@@ -87,15 +84,14 @@ def measure(
         notes.append(f"{job.checkpoint.name} has no {lacking}: measuring one sample at a time")
     if tally:
         tally.sums = {key: total.to(device) for key, total in tally.sums.items()}
-    agree = processes.anywhere if is_in_parts(spread) else None
-    limits = batch_limits(settings, rows, batch_tokens, device, agree)
+    agree = processes.anywhere if execution.is_in_parts else None
+    limits = batch_limits(settings, rows, execution.batch_tokens, device, agree)
     with (
         model_errors(job.checkpoint.name, job.model_class, to_make_smaller(settings)),
         contact_within(),
     ):
-        model, values = placed(kind, job, inputs, device, spread, processes)
-        by_batch = settings.estimator == "batch"
-        share = dealt(inputs.encoded, processes.rank, processes.count, settings.rows if by_batch else None)
+        model, values = placed(kind, job, inputs, device, execution, processes)
+        share = share_of(job, inputs, processes)
         done = tally.samples if tally else 0
         on_start(len(share.samples) - done)
         started = time.perf_counter()
@@ -110,11 +106,16 @@ def measure(
             )
         else:
             batches = padded_batches(
-                share, inputs.tokenizer, limits=limits, by_length=not by_batch, device=device, skip=done
+                share,
+                inputs.tokenizer,
+                limits=limits,
+                by_length=settings.estimator != "batch",
+                device=device,
+                skip=done,
             )
         fisher = kind.measure(
             job, model, batches,
-            recompute=recompute, tally=tally, on_batch=on_batch, settle=partial(processes.added, device=device), agree=agree,
+            recompute=execution.recompute, tally=tally, on_batch=on_batch, settle=partial(processes.added, device=device), agree=agree,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if fisher.one_by_one and rows != 1:
@@ -122,6 +123,12 @@ def measure(
             f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
         )
     return Measured(fisher, values, seconds, (*notes, *kind.notes(fisher)))
+
+
+def share_of(job: Job, inputs: Inputs, processes: Processes) -> EncodedSamples:
+    """The samples that this process measures: those of whole batches, where batches are part of the definition."""
+    rows = job.settings.rows if job.settings.estimator == "batch" else None
+    return dealt(inputs.encoded, processes.rank, processes.count, rows)
 
 
 def kind_of(job: Job) -> Any:

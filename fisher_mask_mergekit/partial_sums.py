@@ -1,12 +1,12 @@
 """Partial sums: what a measurement that was interrupted goes on from.
 
-They lie in one safetensors file beside the sidecar's place, ``.NAME.partial``, described in ``docs/sidecar.md``.
+They lie in one safetensors file beside the sidecar's place, ``.NAME.partial``, or in one for each of several processes,
+``.NAME.partial-RANK-of-COUNT``, described in ``docs/sidecar.md``.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import SidecarError, first_line
+from fisher_mask_mergekit.processes import ALONE, Processes
 from fisher_mask_mergekit.seal import seal
 from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sidecar import METADATA_KEY, Record, check_version, parse
 from fisher_mask_mergekit.sites import Count
-from fisher_mask_mergekit.store import partial_path, whole_file
+from fisher_mask_mergekit.store import clear_half_written, partial_path, partials, remove_partials, whole_file
 from fisher_mask_mergekit.tally import Key, Tally
 from fisher_mask_mergekit.untrusted import read_header, read_json
 
@@ -70,16 +71,17 @@ class PartialMetadata(Record):
 
 @dataclass
 class PartialSums(Generic[Key]):
-    """Where a measurement's sums are kept while it runs.
+    """Where a measurement's sums are kept while it runs; of several processes, what one of them summed.
 
     Attributes:
         target: The sidecar's place.
         find_request: Says what the numbers depend on. Asked only if there is something to be compared or written.
         keys: The sums' keys by the names that they have in the file.
-        total: How many samples there are.
+        total: How many samples there are, of this process.
         every: Seconds from one writing to the next, at least; more where writing takes long. 0: nothing is written, nor
             gone on from.
         say: Tells the user something.
+        processes: The run's.
     """
 
     target: Path
@@ -88,6 +90,7 @@ class PartialSums(Generic[Key]):
     total: int
     every: float
     say: Callable[[str], None]
+    processes: Processes = ALONE
     _next: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,12 +99,16 @@ class PartialSums(Generic[Key]):
     @property
     def path(self) -> Path:
         """The file."""
-        return partial_path(self.target)
+        return partial_path(self.target, self.processes.rank, self.processes.count)
 
     @cached_property
     def request(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        return dict(self.find_request())
+        return {
+            "processes": self.processes.count,
+            "process": self.processes.rank,
+            **self.find_request(),
+        }
 
     def begin(self, most: int, *, anew: bool) -> Tally[Key] | None:
         """What an interrupted run of the same request left; None if there is nothing to go on from.
@@ -113,46 +120,57 @@ class PartialSums(Generic[Key]):
             anew: Whether to leave it out of account, whatever it is.
 
         Raises:
-            SidecarError: If it is of another request (names what differs).
+            SidecarError: If it is of another request, or of another number of processes (names what differs).
         """
-        if not self.every or not self.path.is_file():
+        clear_half_written(self.path)
+        path = self._left()
+        if not self.every or path is None:
             return None
         if anew:
             self.say(
-                f"beginning anew: --force; what an interrupted run summed ({self.path}) is left out of account"
+                f"beginning anew: --force; what an interrupted run summed ({path}) is left out of account"
             )
             return None
         try:
-            metadata, found = _read(self.path, most)
+            metadata, found = _read(path, most)
         except SidecarError as error:
             self.say(f"the sums of an interrupted run cannot be used, so this one begins anew: {error}")
             return None
-        self._check_request(metadata)
-        self.say(
-            f"going on after {metadata.samples} of {self.total} samples that an interrupted run measured ({self.path})"
-        )
+        self._check_request(metadata, path)
         fields = metadata.model_dump(include=_TALLIED)
         correct = math.nan if metadata.correct is None else metadata.correct
         # A name that nothing has is refused with what does not fit the model.
         sums: dict[Any, Tensor] = {self.keys.get(name, name): total for name, total in found.items()}
         return Tally(sums, correct=correct, **fields)
 
-    def _check_request(self, metadata: PartialMetadata) -> None:
-        then, now = metadata.request, self.request
-        other = [
-            f"{_shown(name)} {_shown(then.get(name))}, now {_shown(now.get(name))}"
-            for name in {**now, **then}
-            if then.get(name) != now.get(name)
-        ]
-        if metadata.total != self.total:
-            other.append(f"{metadata.total} samples with something to predict, now {self.total}")
-        if other:
+    def _left(self) -> Path | None:
+        """This process's own, else what a run in another number of processes left."""
+        if self.path.is_file():
+            return self.path
+        others = (path for path, count in partials(self.target).items() if count != self.processes.count)
+        return next(others, None)
+
+    def _check_request(self, metadata: PartialMetadata, path: Path) -> None:
+        if other := self._differences(metadata):
             more = f" and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
             raise SidecarError(
                 f"an interrupted run left sums over {metadata.samples} of {metadata.total} samples that do not go with "
                 f"this one's: {'; '.join(other[:_MOST_NAMED])}{more}. Run its command again to go on with it, or begin anew, with --force "
-                f"or by deleting them:  {self.path}"
+                f"or by deleting them:  {path}"
             )
+
+    def _differences(self, metadata: PartialMetadata) -> list[str]:
+        """What is other than it was: what a user sets, or what follows from it only if that is all."""
+        then, now = metadata.request, self.request
+        names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+        if "processes" in names:  # Then shares are others, too.
+            names = [name for name in names if name != "process"]
+        if told := [name for name in names if not (_is_digest(then.get(name)) or _is_digest(now.get(name)))]:
+            names = told
+        other = [f"{_shown(name)} {_shown(then.get(name))}, now {_shown(now.get(name))}" for name in names]
+        if not other and metadata.total != self.total:
+            other.append(f"{metadata.total} samples with something to predict, now {self.total}")
+        return other
 
     def keep(self, tally: Tally[Key], check: Callable[[], None]) -> None:
         """Write what was summed so far, if it is time.
@@ -184,18 +202,20 @@ class PartialSums(Generic[Key]):
             )
             return
         ended = time.monotonic()
+        remove_partials(
+            self.target, but=self.processes.count
+        )  # Of runs that this one was to leave out of account.
         self._next = ended + max(self.every, (ended - started) / _SHARE_OF_TIME)
 
     def remove(self) -> None:
-        """There is nothing left to go on with."""
-        with suppress(OSError):  # What was measured is measured all the same.
-            self.path.unlink(missing_ok=True)
+        """There is nothing left to go on with, of any process that this one sees."""
+        remove_partials(self.target)
 
     def _write(self, metadata: PartialMetadata, tally: Tally[Key]) -> None:
         names = {key: name for name, key in self.keys.items()}
         sums = {names[key]: total.detach().cpu().contiguous() for key, total in tally.sums.items()}
         try:
-            with whole_file(self.path, self.target) as temporary:
+            with whole_file(self.path) as temporary:
                 save_file(sums, temporary, {METADATA_KEY: seal(metadata.model_dump_json(), sums)})
         except SafetensorError as error:
             raise OSError(first_line(error)) from error
@@ -204,10 +224,14 @@ class PartialSums(Generic[Key]):
 _TALLIED = {"samples", "loss", "one_by_one", "checked", "checked_padded", "too_large"}
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64
+
+
 def _shown(value: Any) -> str:
     """A digest is known by its beginning."""
     text = "none" if value is None else one_line(str(value))
-    return f"{text:.12}" if len(text) == 64 else f"{text:.80}"
+    return f"{text:.12}" if _is_digest(value) else f"{text:.80}"
 
 
 def _read(path: Path, most: int) -> tuple[PartialMetadata, dict[str, Tensor]]:

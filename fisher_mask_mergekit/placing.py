@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.execution import Spread, is_in_parts
+from fisher_mask_mergekit.execution import Execution
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.loading import bare_model
 from fisher_mask_mergekit.processes import Processes
@@ -18,7 +18,7 @@ def placed(
     job: Job,
     inputs: Inputs,
     device: torch.device,
-    spread: Spread | None,
+    execution: Execution,
     processes: Processes,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """Load a checkpoint, check what is known of it, and put it where it is to run.
@@ -28,16 +28,16 @@ def placed(
         job: What is measured.
         inputs: On what.
         device: Where this process runs it; with ``layers``, where its first layer is.
-        spread: How its weights are spread.
+        execution: How.
         processes: The run's.
 
     Returns:
         The model, and the values that a merge will know its tensors by; where it is in parts, the first process alone
         loads it, and has those.
     """
-    if not is_in_parts(spread):
-        model, values = kind.load(job, inputs, in_layers=spread == "layers")
-        model = model if spread else model.to(device)
+    if not execution.is_in_parts:
+        model, values = kind.load(job, inputs, in_layers=execution.spread == "layers")
+        model = model if execution.spread else model.to(device)
         kind.check(job, inputs, model, device)
         return model, values
     whole, values = None, {}
@@ -45,4 +45,6 @@ def placed(
         whole, values = kind.load(job, inputs)
         kind.check(job, inputs, whole, torch.device("cpu"))
     bare = bare_model(job.model_class, job.config, inputs.tokenizer, getattr(torch, job.settings.dtype))
-    return shard(whole, bare, sites_in(bare), processes, device, offload=spread == "offload"), values
+    return shard(
+        whole, bare, sites_in(bare), processes, device, offload=execution.spread == "offload"
+    ), values

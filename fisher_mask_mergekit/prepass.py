@@ -14,9 +14,9 @@ import torch
 from fisher_mask_mergekit import store
 from fisher_mask_mergekit.checkpoint import file_states
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
-from fisher_mask_mergekit.execution import Spread
+from fisher_mask_mergekit.execution import PLAIN, Execution
 from fisher_mask_mergekit.job import Inputs, Job, measured_meanwhile
-from fisher_mask_mergekit.measuring import AnyFisher, Measured, kind_of, measure
+from fisher_mask_mergekit.measuring import AnyFisher, Measured, kind_of, measure, share_of
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
 from fisher_mask_mergekit.processes import ALONE, Processes
@@ -49,10 +49,8 @@ class Outcome:
 def compute(
     job: Job,
     device: torch.device,
+    execution: Execution = PLAIN,
     *,
-    batch_tokens: int | None = None,
-    recompute: bool = False,
-    spread: Spread | None = None,
     checkpoint_every: float = EVERY,
     on_wait: Callable[[], None] = lambda: None,
     on_note: Callable[[str], None] = lambda note: None,
@@ -67,9 +65,7 @@ def compute(
     Args:
         job: What :func:`~fisher_mask_mergekit.job.prepare` found.
         device: Where to run.
-        batch_tokens: Tokens per batch at most, padding included; as many as pay and fit, if not given.
-        recompute: Whether layers run again in the backward pass instead of keeping their activations.
-        spread: How the weights are spread over GPUs.
+        execution: How.
         checkpoint_every: Seconds from one writing of the sums so far to the next; 0 for never, and for beginning anew
             whatever an interrupted run left.
         on_wait: Called before waiting for another process.
@@ -97,91 +93,124 @@ def compute(
             assert other is not None
             return _served(job, other)
         replaced = _replaced(job)
-        assert job.inputs is not None
-        if checkpoint_every and (processes.count > 1 or spread):
-            checkpoint_every = 0
-            on_note(
-                "in several processes, or with --spread, no sums are saved on the way: what is interrupted begins anew"
-            )
-        sums = PartialSums(
-            job.target,
-            partial(request_of, job, job.inputs, device, batch_tokens, recompute),
-            kind_of(job).keys(job),
-            len(job.inputs.encoded.samples),
-            checkpoint_every,
-            on_note,
+        if checkpoint_every and execution.spread:
+            on_note("with --spread, no sums are saved on the way: what is interrupted begins anew")
+        sums = _sums(job, device, execution, checkpoint_every, on_note, processes)
+        found = _measure(
+            job,
+            device,
+            execution,
+            sums,
+            anew=job.force,
+            on_note=on_note,
+            on_start=on_start,
+            on_batch=on_batch,
         )
-        begun = sums.begin(_most_bytes(job), anew=job.force)
-
-        def keep(batch: Batch, tally: Tally[Any]) -> None:
-            sums.keep(tally, partial(_check_unchanged, job))
-            on_batch(batch)
-
-        found = _measure_together(
-            job, job.inputs, device, processes, batch_tokens, recompute,
-            spread=spread, tally=begun, on_start=on_start, on_batch=keep,
-        )  # fmt: skip
         outcome = _save(job, found, device, replaced)
+        processes.meet(waits=False)
         sums.remove()
         return outcome
-
-
-def _most_bytes(job: Job) -> int:
-    """Of partial sums, which may be as large as a model in float64."""
-    return MOST_SIDECAR_BYTES + 8 * sum(size for _, size, _ in job.files.values())
 
 
 def assist(
     job: Job,
     device: torch.device,
+    execution: Execution,
     processes: Processes,
     *,
-    batch_tokens: int | None = None,
-    recompute: bool = False,
-    spread: Spread | None = None,
+    anew: bool = False,
+    checkpoint_every: float = EVERY,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> None:
     """Measure a share of what the first process computes; it alone knows whether that is to be measured, and writes it.
 
     Args:
         job: As the first process has it, but that it was prepared with ``force``.
         device: Where to run.
+        execution: As the first process has it.
         processes: The run's.
-        batch_tokens: As the first process has it.
-        recompute: Likewise.
-        spread: Likewise.
+        anew: Whether the first process was to measure whatever was measured before.
+        checkpoint_every: As the first process has it.
+        on_note: Called with what the user should know of this process's sums.
 
     Raises:
         FisherMaskError: On bad input, or if the checkpoint changes.
     """
-    if processes.told(None):
-        assert job.inputs is not None
-        _measure_together(job, job.inputs, device, processes, batch_tokens, recompute, spread=spread)
+    if not processes.told(None):
+        return
+    sums = _sums(job, device, execution, checkpoint_every, on_note, processes)
+    _measure(job, device, execution, sums, anew=anew)
+    processes.meet()  # Until the sidecar is written.
+    sums.remove()
 
 
-def _measure_together(
+def _sums(
     job: Job,
-    inputs: Inputs,
     device: torch.device,
+    execution: Execution,
+    every: float,
+    say: Callable[[str], None],
     processes: Processes,
-    batch_tokens: int | None,
-    recompute: bool,
-    **how: Any,
+) -> PartialSums[Any]:
+    """Where this process keeps what it sums, unless all must go on from one point, where they have a part of the model each."""
+    assert job.inputs is not None
+    return PartialSums(
+        job.target,
+        partial(request_of, job, job.inputs, device, execution),
+        kind_of(job).keys(job),
+        len(share_of(job, job.inputs, processes).samples),
+        0 if execution.spread else every,
+        say,
+        processes,
+    )
+
+
+def _measure(
+    job: Job,
+    device: torch.device,
+    execution: Execution,
+    sums: PartialSums[Any],
+    *,
+    anew: bool,
+    on_note: Callable[[str], None] = lambda note: None,
+    on_start: Callable[[int], None] = lambda samples: None,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Measured:
     """Measure a share in each of the processes, which have all the same before them; only where they run may differ.
 
     Raises:
         ProcessError: If one has something else (names it).
     """
+    assert job.inputs is not None
+    processes = sums.processes
     if processes.count > 1:
-        request = request_of(job, inputs, device, batch_tokens, recompute)
-        what = {name: str(value) for name, value in request.items() if name != "device"}
-        processes.agree(job.checkpoint.name, what)
+        request = {
+            name: str(value) for name, value in sums.request.items() if name not in ("device", "process")
+        }
+        processes.agree(job.checkpoint.name, request)
+    begun = sums.begin(_most_bytes(job), anew=anew)
+    known = processes.gathered((begun.samples if begun else 0, sums.total))
+    done, total = (sum(numbers) for numbers in zip(*known, strict=True))
+    if done:
+        where = sums.path if processes.count == 1 else f"in {processes.count} processes"
+        on_note(f"going on after {done} of {total} samples that an interrupted run measured ({where})")
+
+    def keep(batch: Batch, tally: Tally[Any]) -> None:
+        sums.keep(tally, partial(_check_unchanged, job))
+        processes.count_batch()
+        on_batch(batch)
+
     found = measure(
-        job, inputs, device, batch_tokens=batch_tokens, recompute=recompute, processes=processes, **how
+        job, job.inputs, device, execution, tally=begun, on_start=on_start, on_batch=keep, processes=processes
     )
     _check_unchanged(job)
     processes.gathered(None)  # Nothing is written unless all came as far as this.
     return found
+
+
+def _most_bytes(job: Job) -> int:
+    """Of partial sums, which may be as large as a model in float64."""
+    return MOST_SIDECAR_BYTES + 8 * sum(size for _, size, _ in job.files.values())
 
 
 def _served(job: Job, sidecar: AnySidecar) -> Outcome:
@@ -202,7 +231,7 @@ def _check_unchanged(job: Job) -> None:
     now = file_states(job.checkpoint)
     changed = sorted(name for name in {**job.files, **now} if job.files.get(name) != now.get(name))
     if changed:
-        store.partial_path(job.target).unlink(missing_ok=True)  # Nobody knows of which state the sums are.
+        store.remove_partials(job.target)  # Nobody knows of which state the sums are.
         raise CheckpointError(
             f"{job.checkpoint.name} changed while it was measured ({', '.join(changed[:3])}); nothing was written. "
             "Run the command again when its files stay as they are"

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,14 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fisher_mask_mergekit.errors import FisherMaskError, ProcessError, RecipeError, ToldError, first_line
-from fisher_mask_mergekit.execution import pick_device
+from fisher_mask_mergekit.errors import FisherMaskError, ProcessError, ToldError, first_line
+from fisher_mask_mergekit.execution import own_device, pick_device
+from fisher_mask_mergekit.pulse import FAILED, Pulse
 from fisher_mask_mergekit.tally import Tally
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others. One that was killed is noticed at once where its connections close."""
+"""How long a process waits for what others have to give. One that was killed is noticed at once where its connections
+close."""
 
 _BLOCK = 2**24
 """Elements that are added up at a time."""
@@ -35,15 +37,32 @@ class Processes:
     Attributes:
         rank: Which one this is; the first, 0, alone reads and writes sidecars, and speaks.
         count: How many there are.
+        pulse: What they tell each other of how far they are; None of one that is alone.
     """
 
     rank: int = 0
     count: int = 1
+    pulse: Pulse | None = field(default=None, compare=False)
 
     @property
     def is_first(self) -> bool:
         """Whether this one writes and speaks."""
         return self.rank == 0
+
+    def count_batch(self) -> None:
+        """This one gets on."""
+        if self.pulse:
+            self.pulse.count_batch()
+
+    def meet(self, *, waits: bool = True) -> None:
+        """Wait until all have come as far as this, however far apart, as long as they get on.
+
+        Args:
+            waits: Whether this one does; if not, it lets the others know that it has come, and goes on.
+        """
+        if self.pulse:
+            with _contact():
+                self.pulse.meet(waits=waits)
 
     def told(self, value: T) -> T:
         """The first process's value."""
@@ -97,6 +116,7 @@ class Processes:
         """
         if self.count == 1:
             return tally
+        self.meet()
         shapes: dict[Any, tuple[torch.Size, torch.dtype]] = {}
         for known in self.gathered({key: (total.shape, total.dtype) for key, total in tally.sums.items()}):
             shapes = known | shapes
@@ -133,13 +153,16 @@ def _added(total: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
+def joined(device: str | None, place: int = 0, here: int = 1) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes that a launcher started together with this one, and leave them at the end.
 
-    All but the first are silent inside. Of an error, one process tells: whoever failed first.
+    All but the first are silent inside, but for what they write to ``sys.__stderr__``. Of an error, one process tells:
+    whoever failed first.
 
     Args:
-        device: As :func:`~fisher_mask_mergekit.execution.pick_device` takes it; without a number.
+        device: As :func:`~fisher_mask_mergekit.execution.own_device` takes it.
+        place: Which of the processes on its machine this is.
+        here: How many of them there are on its machine.
 
     Yields:
         The processes, and where this one is to measure.
@@ -154,39 +177,38 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
         if rank > 0:
             stack.enter_context(redirect_stdout(io.StringIO()))
             stack.enter_context(redirect_stderr(io.StringIO()))
-        with one_error(dist.PrefixStore("fisher-mask-mergekit", store), rank, count):
-            yield Processes(rank, count), _join(device, store, rank, count)
+        own = dist.PrefixStore("fisher-mask-mergekit", store)
+        with one_error(own, rank, count):
+            where = own_device(device, place, here)
+            with _contact():
+                pulse = Pulse(own, rank, count)
+            stack.callback(pulse.end)
+            _join(where, store, rank, count)
+            yield Processes(rank, count, pulse), where
+            pulse.end()
             gc.collect()  # What belongs to the group must not outlive it.
             with suppress(RuntimeError):  # All is done.
                 dist.barrier()
             dist.destroy_process_group()
 
 
-def _join(device: str | None, store: dist.Store, rank: int, count: int) -> torch.device:
+def _join(device: torch.device, store: dist.Store, rank: int, count: int) -> None:
     from accelerate import PartialState
 
-    asked = pick_device(device)
-    if device is not None and asked.index is not None:
-        raise RecipeError(
-            f"device '{device}' is one for {count} processes; give --device {asked.type}, and each takes one of its own"
-        )
-    kind = asked.type
-    if device is not None and kind not in ("cpu", "cuda", "xpu"):
-        raise RecipeError(
-            f"several processes cannot measure on {kind}; give --device cpu, or start one process"
-        )
-    is_cpu = kind not in ("cuda", "xpu")
+    is_cpu = device.type == "cpu"
+    if not is_cpu:  # Before anything is put on the machine's first.
+        torch.get_device_module(device).set_device(device)
+        pick_device(str(device))
     backends = {"cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
     with _contact():
-        state = PartialState(
+        PartialState(
             cpu=is_cpu,
-            backend=backends.get(kind, "gloo"),
+            backend=backends.get(device.type, "gloo"),
             store=store,
             rank=rank,
             world_size=count,
             timeout=PATIENCE,
         )
-    return torch.device("cpu") if is_cpu else state.device
 
 
 @contextmanager
@@ -243,7 +265,7 @@ def one_error(store: dist.Store, rank: int, count: int) -> Iterator[None]:
         raise SystemExit(130) from None
     except FisherMaskError as error:
         with suppress(RuntimeError):  # Where nobody can be asked any more, everyone tells.
-            if store.add("failed", 1) > 1:
+            if store.add(FAILED, 1) > 1:
                 # A launcher ends all as soon as one ends: the one that tells first.
                 time.sleep(1)
                 raise ToldError(str(error)) from error

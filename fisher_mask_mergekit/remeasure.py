@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fisher_mask_mergekit.diagonal import DiagonalFisher
 from fisher_mask_mergekit.errors import DataError, MeasurementError, RecipeError
+from fisher_mask_mergekit.execution import Execution
 from fisher_mask_mergekit.factored import FactoredFisher
 from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.fisher import MaskFisher
@@ -131,9 +132,8 @@ def remeasure(
     inputs = replace(job.inputs, encoded=replace(encoded, samples=first))
     with _memory_errors(name, settings):
         found = measure(
-            job, inputs, device,
-            batch_tokens=batch_tokens, recompute=recompute_layers, on_start=on_start,
-            on_batch=lambda batch, tally: on_batch(batch),
+            job, inputs, device, Execution(batch_tokens, recompute_layers),
+            on_start=on_start, on_batch=lambda batch, tally: on_batch(batch),
         )  # fmt: skip
     yield from _loaded_values(sidecar, found.values)
     yield _numbers(sidecar, found, count)

@@ -11,6 +11,7 @@ import torch
 
 from fisher_mask_mergekit.checkpoint import model_files
 from fisher_mask_mergekit.encoding import EncodedSamples
+from fisher_mask_mergekit.execution import Execution
 from fisher_mask_mergekit.job import Inputs, Job
 
 _LIBRARIES = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")
@@ -28,9 +29,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def request_of(
-    job: Job, inputs: Inputs, device: torch.device, batch_tokens: int | None, recompute: bool
-) -> dict[str, Any]:
+def request_of(job: Job, inputs: Inputs, device: torch.device, execution: Execution) -> dict[str, Any]:
     """Everything that two runs must have in common to give the same numbers, by what it is called.
 
     That is more than a sidecar is known again by: also each file of the checkpoint, whole, the very tokens, and what
@@ -41,8 +40,7 @@ def request_of(
         job: The request.
         inputs: Its samples.
         device: Where it runs.
-        batch_tokens: Tokens per batch at most.
-        recompute: Whether layers run a second time.
+        execution: How.
     """
     installed = versions()
     files = sorted(model_files(job.checkpoint))
@@ -50,8 +48,8 @@ def request_of(
         **{f"the checkpoint's {file.name}": _digest_of_file(file) for file in files},
         **job.settings.definition(),
         "batch_size": job.settings.rows,
-        "batch_tokens": batch_tokens,
-        "recompute": recompute,
+        "batch_tokens": execution.batch_tokens,
+        "recompute": execution.recompute,
         "the drawn rows": job.data.digest,
         "their tokens": _digest_of_tokens(inputs.encoded),
         "device": device_name(device),

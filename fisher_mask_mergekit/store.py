@@ -4,6 +4,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -156,9 +157,7 @@ def alone(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[Non
         on_wait()
         lock.acquire()
     try:
-        for left in path.parent.glob(f".{escape(path.name)}.{'?' * 8}"):
-            with suppress(OSError):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        clear_half_written(path)
         yield
     finally:
         # Still locked, so that who waits for it finds that it has no name any more, and asks for the next.
@@ -169,14 +168,55 @@ def alone(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[Non
 
 def clear_away(path: Path) -> None:
     """Clear away what killed processes left of ``path``, unless one is writing to it now, or nothing may be written."""
-    if any(path.parent.glob(f".{escape(path.name)}.*")):
+    if any(path.parent.glob(f".{escape(path.name)}.*")) or any(_half_written(path)):
         with suppress(OSError), alone(path):
             pass
 
 
-def partial_path(path: Path) -> Path:
-    """Where the sums of a measurement into ``path`` are kept until it is finished; not cleared away by :func:`alone`."""
-    return path.with_name(f".{path.name}.partial")
+def clear_half_written(path: Path) -> None:
+    """Remove what killed processes left half-written of ``path`` and its partial sums, which nobody writes to now."""
+    for left in _half_written(path):
+        with suppress(OSError):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _half_written(path: Path) -> Iterator[Path]:
+    random = "?" * 8
+    yield from path.parent.glob(f".{escape(path.name)}.{random}")
+    yield from path.parent.glob(f"..{escape(path.name)}.partial*.{random}")
+
+
+def partial_path(path: Path, rank: int = 0, count: int = 1) -> Path:
+    """Where the sums of a measurement into ``path`` are kept until it is finished.
+
+    Args:
+        path: The sidecar's place.
+        rank: Which of several processes has them: each keeps its own.
+        count: How many there are.
+    """
+    return path.with_name(f".{path.name}.partial{f'-{rank}-of-{count}' if count > 1 else ''}")
+
+
+def partials(path: Path) -> dict[Path, int]:
+    """Partial sums of measurements into ``path`` that are here, and how many processes each measurement had."""
+    pattern = re.compile(re.escape(f".{path.name}.partial") + r"(?:-\d{1,9}-of-(\d{1,9}))?")
+    found = {
+        file: pattern.fullmatch(file.name) for file in path.parent.glob(f".{escape(path.name)}.partial*")
+    }
+    return {file: int(match[1] or 1) for file, match in sorted(found.items()) if match and file.is_file()}
+
+
+def remove_partials(path: Path, but: int | None = None) -> None:
+    """Remove partial sums of measurements into ``path``.
+
+    Args:
+        path: The sidecar's place.
+        but: Those of a measurement in so many processes stay.
+    """
+    for file, count in partials(path).items():
+        if count != but:
+            with suppress(OSError):  # What was measured is measured all the same.
+                file.unlink()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -190,18 +230,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, target: Path | None = None) -> Iterator[Path]:
-    """A temporary file, which takes its place at the end, unless something is raised.
-
-    Args:
-        path: Its place.
-        target: With what killed processes left of which it is cleared away; ``path`` itself, if not given.
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file, which takes the place of ``path`` at the end, unless something is raised.
 
     Raises:
         OSError: If it cannot be written; whatever was at ``path`` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{(target or path).name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:

@@ -30,7 +30,11 @@ def places(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def launch(
-    commands: Sequence[Sequence[Any]], *, folders: Sequence[Path] | None = None, alone: bool = False
+    commands: Sequence[Sequence[Any]],
+    *,
+    folders: Sequence[Path] | None = None,
+    alone: bool = False,
+    until: int | None = None,
 ) -> list[Ended]:
     """Run Python in as many processes, and wait for all.
 
@@ -38,6 +42,7 @@ def launch(
         commands: Its arguments, of each.
         folders: Where each runs, if not here.
         alone: Whether it is no process of a launcher's, but a launcher itself, for one.
+        until: The process at whose end the others are killed, as a launcher kills them.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,6 +60,10 @@ def launch(
         for rank, command in enumerate(commands)
     ]
     try:
+        if until is not None:
+            started[until].wait(PATIENCE)
+            for process in started:
+                process.kill()
         outputs = [process.communicate(timeout=PATIENCE) for process in started]
     finally:
         for process in started:
@@ -104,6 +113,7 @@ def measured(case: Case, folder: Path, **processes: Any) -> Any:
     """What a case gives in this process, or in it and others."""
     import torch
 
+    from fisher_mask_mergekit.execution import Execution
     from fisher_mask_mergekit.job import prepare
     from fisher_mask_mergekit.measuring import measure
     from fisher_mask_mergekit.settings import FisherSettings
@@ -112,7 +122,7 @@ def measured(case: Case, folder: Path, **processes: Any) -> Any:
     job = prepare(str(folder / case.model), FisherSettings.model_validate(given), force=True)
     assert job.inputs is not None
     how = case.how if processes else {name: value for name, value in case.how.items() if name != "spread"}
-    return measure(job, job.inputs, torch.device("cpu"), **how, **processes)
+    return measure(job, job.inputs, torch.device("cpu"), Execution(**how), **processes)
 
 
 def make(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +22,7 @@ from fisher_mask_mergekit.errors import DataError, RecipeError, SidecarError, Si
 from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import find_sidecar
-from fisher_mask_mergekit.opening import AnySidecar
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.provenance import reproducing_command
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
@@ -395,3 +397,40 @@ def test_shares_are_of_the_samples_of_which_something_is_left_to_predict(model: 
     done = prepass.compute(prepare(str(masked), settings), CPU)
     assert done.served
     assert "4 of 12 samples held nothing to predict" in done.notes[0]
+
+
+FEW_FILES = """
+import os, resource, sys
+from pathlib import Path
+from fisher_mask_mergekit.combine import combine
+out, *shares = map(Path, sys.argv[1:])
+lowest = os.dup(0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 8, lowest + 8))
+combine(shares, out)
+"""
+
+
+def test_however_many_shares_there_are_few_files_are_open(model: Path, data: Path, tmp_path: Path) -> None:
+    paths = shares_of(model, data, SAMPLES, kind="diagonal")
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, tmp_path / "few", *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(
+        numbers(read_any(tmp_path / "few")), numbers(combine(paths, tmp_path / "many")), rtol=0, atol=0
+    )
+
+
+def test_shares_are_added_in_their_order_in_float64(model: Path, data: Path, tmp_path: Path) -> None:
+    paths = shares_of(model, data, 3, kind="diagonal")
+    shares = [read_any(path) for path in paths]
+    sizes = [share.metadata.samples for share in shares]
+    got = numbers(combine(paths, tmp_path / "out"))
+    for name, total in got.items():
+        wide = torch.zeros(total.shape, dtype=torch.float64)
+        for share, size in zip(shares, sizes, strict=True):
+            wide += numbers(share)[name].double() * (size / sum(sizes))
+        assert torch.equal(total, wide.float()), name

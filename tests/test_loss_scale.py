@@ -14,7 +14,7 @@ from fisher_mask_mergekit import fisher as fisher_module
 from fisher_mask_mergekit import mask_gradients
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.errors import MeasurementError, RecipeError
-from fisher_mask_mergekit.execution import check_options
+from fisher_mask_mergekit.execution import Execution, check_options
 from fisher_mask_mergekit.fisher import MaskFisher, mask_fisher
 from fisher_mask_mergekit.mask_gradients import MaskGradients
 from fisher_mask_mergekit.provenance import reproducing_command
@@ -178,4 +178,4 @@ def test_it_is_measured_and_told_by_name(tmp_path: Path) -> None:
 
 def test_sums_that_are_added_before_an_overflow_shows_are_not_to_be_had() -> None:
     with pytest.raises(RecipeError, match="it takes no dtype float16: take bfloat16 or float32"):
-        check_options(FisherSettings(kind="diagonal", dtype="float16"), None, recompute=False)
+        check_options(FisherSettings(kind="diagonal", dtype="float16"), Execution())

@@ -20,7 +20,7 @@ from fisher_mask_mergekit.cli.output import errors
 from fisher_mask_mergekit.diagonal import diagonal_fisher
 from fisher_mask_mergekit.encoding import EncodedSamples
 from fisher_mask_mergekit.errors import CheckpointError, DataError, ProcessError, RecipeError, ToldError
-from fisher_mask_mergekit.execution import check_options
+from fisher_mask_mergekit.execution import Execution, check_options, own_device
 from fisher_mask_mergekit.factored import factored_fisher
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.loading import check_on_gpus
@@ -123,15 +123,16 @@ def test_processes_that_read_other_rows_refuse_with_one_error(folder: Path, tmp_
 
 STOPS = """
 import os, signal, sys, time
-from datetime import timedelta
-from fisher_mask_mergekit import passes, processes
+from fisher_mask_mergekit import passes, pulse
 from fisher_mask_mergekit.cli import main
-processes.PATIENCE, stop = timedelta(seconds=int(sys.argv.pop(1))), sys.argv.pop(1)
-if os.environ["RANK"] == "1":
+pulse.BEAT, stop = 0.2, sys.argv.pop(1)
+if os.environ["RANK"] == "0":
+    pulse.SILENCE, pulse.PATIENCE = 6 if stop == "killed" else 3600, 6 if stop == "hangs" else 3600
+else:
     def checked(losses, batch):
         if stop == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(25)
+        time.sleep(60)
         os._exit(9)
     passes._check_losses = checked
 main()
@@ -139,31 +140,32 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("stop", "patience", "code", "reason", "spread"),
+    ("stop", "reason", "spread"),
     [
         (
             "killed",
-            1800,
-            -9,
-            "Connection (closed|reset) by peer",
+            r"no contact to the other processes: [^;]*Connection (closed|reset) by peer[^;]*; one of them ended",
             ["--spread", "shards"],
         ),
-        ("hangs", 15, 9, "Timed out", []),
+        (
+            "killed",
+            "process 1 of 2 gives no sign of life for 0.1 minutes: it was killed, or its machine ",
+            [],
+        ),
+        ("hangs", "process 1 of 2 hangs: it has measured nothing for 0.1 minutes", []),
     ],
 )
 def test_a_process_that_is_killed_or_hangs_ends_the_run(
-    folder: Path, tmp_path: Path, stop: str, patience: int, code: int, reason: str, spread: list[str]
+    folder: Path, tmp_path: Path, stop: str, reason: str, spread: list[str]
 ) -> None:
-    """The one that is killed closes its connections; of the one that hangs, time tells."""
+    """The one that is killed closes its connections, or gives no sign of life; the one that hangs measures nothing."""
     options = command(
         folder, "--data", folder / "data.jsonl", "--out", tmp_path / "made.safetensors", *spread
     )[2:]
-    ended = launch([["-c", STOPS, patience, stop, *options]] * 2)
-    assert [one.code for one in ended] == [1, code]
+    ended = launch([["-c", STOPS, stop, *options]] * 2, until=0)
+    assert [one.code for one in ended] == [1, -9]
     (line,) = told(ended)
-    assert re.match(
-        f"ProcessError: no contact to the other processes: [^;]*{reason}[^;]*; one of them ended", line
-    )
+    assert re.match(f"ProcessError: {reason}", line)
     assert "gloo" not in line
     assert not list(tmp_path.iterdir())
 
@@ -217,10 +219,33 @@ def test_a_process_is_launched_if_it_has_a_place_on_its_machine(monkeypatch: pyt
     assert not is_launched(least=1)
 
 
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in (None, "cuda"):
+        assert [own_device(name, place, 2) for place in range(2)] == [
+            torch.device("cuda", 0),
+            torch.device("cuda", 1),
+        ]
+    assert own_device("cpu", 1, 3) == torch.device("cpu")
+    with pytest.raises(
+        RecipeError,
+        match=r"^3 processes were started on this machine, which has 2 GPUs: start one for each \(torchrun --nproc-per-node 2 ",
+    ):
+        own_device(None, 0, 3)
+    with pytest.raises(
+        RecipeError, match="device 'cuda:1' is one for all processes; give --device cuda, and each"
+    ):
+        own_device("cuda:1", 1, 2)
+
+
 def test_no_device_is_silently_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "pick_device", torch.device)
     with pytest.raises(RecipeError, match="several processes cannot measure on mps; give --device cpu"):
-        processes._join("mps", dist.HashStore(), 0, 2)
+        own_device("mps", 0, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name in ("cuda", "nothing"):
+        with pytest.raises(RecipeError, match=f"device '{name}' cannot be used: "):
+            own_device(name, 0, 2)
 
 
 @pytest.mark.usefixtures("second_of_two")
@@ -260,8 +285,8 @@ def test_parts_take_processes(folder: Path) -> None:
 def test_what_takes_no_parts(options: list[str], reason: str) -> None:
     settings = FisherSettings.model_validate({name.removeprefix("--"): value for name, value in [options]})
     with pytest.raises(RecipeError, match=reason):
-        check_options(settings, None, recompute=False, spread="offload")
-    check_options(settings, None, recompute=False, spread="layers")
+        check_options(settings, Execution(spread="offload"))
+    check_options(settings, Execution(spread="layers"))
 
 
 def test_accelerates_own_configuration_asks_for_parts(monkeypatch: pytest.MonkeyPatch) -> None:

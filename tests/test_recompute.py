@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fisher_mask_mergekit import job, measure_diagonal, measure_mask, prepass
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.errors import RecipeError
+from fisher_mask_mergekit.execution import Execution
 from fisher_mask_mergekit.fisher import mask_fisher
 from fisher_mask_mergekit.mask_gradients import MaskGradients
 from fisher_mask_mergekit.passes import frozen
@@ -83,6 +84,6 @@ def test_what_cannot_be_had_together_is_refused_before_anything_is_looked_into(
     assert message in " ".join(done.stderr.split())
     monkeypatch.setattr(measure_diagonal, "load", None)
     monkeypatch.setattr(measure_mask, "load", None)
-    asked: dict[str, Any] = {"recompute": True} if "--recompute" in options else {"batch_tokens": 9}
+    asked = Execution(recompute=True) if "--recompute" in options else Execution(batch_tokens=9)
     with pytest.raises(RecipeError, match=message):
-        prepass.compute(looked_into, torch.device("cpu"), **asked)
+        prepass.compute(looked_into, torch.device("cpu"), asked)

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from fisher_mask_mergekit import partial_sums, prepass, request
 from fisher_mask_mergekit.errors import CheckpointError, MeasurementError, SidecarError
+from fisher_mask_mergekit.execution import Execution
 from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.job import Job, prepare
 from fisher_mask_mergekit.opening import AnySidecar, read_any
@@ -30,6 +31,8 @@ from tests.test_cli import run
 CPU = torch.device("cpu")
 TOKENS = 24
 """Per batch: a few samples."""
+
+IN_BATCHES = Execution(TOKENS)
 
 SOON = 1e-9
 SAMPLES = 16
@@ -72,11 +75,16 @@ def measured(
         if len(sizes) == after:
             raise KilledError
 
-    if job.settings.estimator != "batch":
-        how = {"batch_tokens": TOKENS} | how
+    asked: dict[str, Any] = {} if job.settings.estimator == "batch" else {"batch_tokens": TOKENS}
+    asked |= {name: how.pop(name) for name in ("batch_tokens", "recompute") if name in how}
     try:
         done = prepass.compute(
-            job, CPU, on_batch=on_batch, on_note=said.append, **{"checkpoint_every": SOON} | how
+            job,
+            CPU,
+            Execution(**asked),
+            on_batch=on_batch,
+            on_note=said.append,
+            **{"checkpoint_every": SOON} | how,
         )
     except KilledError:
         return None, sizes, said
@@ -195,12 +203,12 @@ def test_goes_on_after_kill_9(model: Path, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "how", "what"),
     [
-        ({"seed": 1}, {}, "seed 0, now 1; "),
+        ({"seed": 1}, {}, r": seed 0, now 1\. Run"),
         ({"labels": "sampled"}, {}, "labels data, now sampled"),
-        ({"max_length": 9}, {}, "max_length none, now 9; their tokens "),
+        ({"max_length": 9}, {}, r": max_length none, now 9\. Run"),
         ({"batch_size": 2}, {}, "batch_size none, now 2"),
         ({}, {"batch_tokens": 23}, "batch_tokens 24, now 23"),
-        ({"samples": 8}, {}, "samples 16, now 8"),
+        ({"samples": 8}, {}, r": samples 16, now 8\. Run"),
     ],
 )
 def test_other_options_refuse_to_go_on_and_say_which(
@@ -282,7 +290,7 @@ def test_a_checkpoint_that_changes_ends_a_run_at_once_and_leaves_no_sums(model: 
             os.utime(model / "config.json", ns=(0, 0))
 
     with pytest.raises(CheckpointError, match=r"changed while it was measured \(config.json\)"):
-        prepass.compute(job, CPU, batch_tokens=TOKENS, checkpoint_every=SOON, on_batch=change)
+        prepass.compute(job, CPU, IN_BATCHES, checkpoint_every=SOON, on_batch=change)
     assert len(sizes) == 2
     assert list(job.target.parent.iterdir()) == []
 
@@ -407,9 +415,9 @@ def test_nobody_goes_on_with_the_sums_of_a_run_that_is_not_over(model: Path, dat
     def other(batch: Any) -> None:
         if not waited:
             with pytest.raises(KilledError):
-                prepass.compute(jobs[1], CPU, batch_tokens=TOKENS, checkpoint_every=SOON, on_wait=wait)
+                prepass.compute(jobs[1], CPU, IN_BATCHES, checkpoint_every=SOON, on_wait=wait)
 
-    prepass.compute(jobs[0], CPU, batch_tokens=TOKENS, checkpoint_every=SOON, on_batch=other)
+    prepass.compute(jobs[0], CPU, IN_BATCHES, checkpoint_every=SOON, on_batch=other)
     assert waited == [True]
     assert prepass.compute(jobs[1], CPU).served
 

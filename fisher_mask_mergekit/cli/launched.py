@@ -61,5 +61,6 @@ def joined_processes(
         return
     from fisher_mask_mergekit.processes import joined
 
-    with joined(device) as processes:
+    place = int(os.environ["LOCAL_RANK"])
+    with joined(device, place, int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))) as processes:
         yield processes

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -29,9 +29,9 @@ def errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def say(text: str) -> None:
-    """On standard error: what is not the result."""
-    print(shown(text), file=sys.stderr)
+def say(text: str, to: TextIO | None = None) -> None:
+    """What is not the result: on standard error, if nothing else is given."""
+    print(shown(text), file=to or sys.stderr)
 
 
 def print_json(value: Any) -> None:
