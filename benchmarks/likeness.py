@@ -21,19 +21,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from fisher_mask_mergekit import measure_diagonal, measure_factored
+from fisher_mask_mergekit import measure_diagonal
 from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.evaluation.table import aligned
-from fisher_mask_mergekit.execution import batch_limits, pick_device
+from fisher_mask_mergekit.execution import pick_device
 from fisher_mask_mergekit.factored import FactoredFisher
 from fisher_mask_mergekit.factors import factors_of
 from fisher_mask_mergekit.job import Job, prepare
+from fisher_mask_mergekit.measuring import measure
 from fisher_mask_mergekit.passes import frozen
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sites import name_template
-
-KINDS = {"factored": measure_factored, "diagonal": measure_diagonal}
 
 
 @dataclass
@@ -51,18 +50,6 @@ class Likeness:
     elements: int
     rows_and_columns: list[float] = field(default_factory=list)
     kfac: list[float] = field(default_factory=list)
-
-
-def measured(job: Job, kind: Any, device: torch.device) -> tuple[nn.Module, Any]:
-    """The model, and its Fisher information of a kind."""
-    assert job.inputs is not None
-    model, _ = kind.load(job, job.inputs)
-    model.to(device)
-    limits = batch_limits(job.settings, job.settings.rows, None, device)
-    found = kind.measure(
-        job, job.inputs, model, device, limits, False, None, lambda batch, tally: None, lambda tally: tally
-    )
-    return model, found
 
 
 @contextmanager
@@ -91,9 +78,11 @@ def squares_of(model: nn.Module, sums: dict[str, list[Tensor]]) -> Iterator[None
         yield
 
 
-def kfac(job: Job, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def kfac(job: Job, device: torch.device) -> dict[str, Tensor]:
     """K-FAC's diagonal of every linear module's matrix, from one sample at a time, without padding."""
     assert job.inputs is not None
+    model, _ = measure_diagonal.load(job, job.inputs)
+    model.to(device)
     sums: dict[str, list[Tensor]] = {}
     singles = padded_batches(
         job.inputs.encoded,
@@ -132,13 +121,8 @@ def correlation(one: Tensor, other: Tensor) -> float | None:
 
 def compare(name: str, settings: FisherSettings, device: torch.device, found: dict[str, Likeness]) -> None:
     """Add a model's correlations."""
-    jobs = {
-        kind: prepare(name, replace_kind(settings, kind), out=Path("none"), force=True, writes=False)
-        for kind in KINDS
-    }
-    _, factored = measured(jobs["factored"], measure_factored, device)
-    model, full = measured(jobs["diagonal"], measure_diagonal, device)
-    reference = kfac(jobs["diagonal"], model, device)
+    factored, full = (measured(prepared(name, settings, kind), device) for kind in ("factored", "diagonal"))
+    reference = kfac(prepared(name, settings, "diagonal"), device)
     for parameter, value in full.fisher.items():
         template = name_template(parameter)
         line = found.setdefault(template, Likeness(template, value.numel()))
@@ -148,8 +132,16 @@ def compare(name: str, settings: FisherSettings, device: torch.device, found: di
             line.kfac.append(like)
 
 
-def replace_kind(settings: FisherSettings, kind: str) -> FisherSettings:
-    return FisherSettings.model_validate(settings.model_dump() | {"kind": kind})
+def prepared(name: str, settings: FisherSettings, kind: str) -> Job:
+    """What is to be measured of a model."""
+    wanted = FisherSettings.model_validate(settings.model_dump() | {"kind": kind})
+    return prepare(name, wanted, out=Path("none"), force=True, writes=False)
+
+
+def measured(job: Job, device: torch.device) -> Any:
+    """A model's Fisher information."""
+    assert job.inputs is not None
+    return measure(job, job.inputs, device).fisher
 
 
 def table(found: list[Likeness]) -> str:

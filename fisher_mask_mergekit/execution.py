@@ -1,5 +1,6 @@
 """Where a model runs, on how much at a time, and what it says when it cannot."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +33,13 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
+_SHOWN = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
+"""By kind of GPU, the environment variable that says which of the machine's a process sees."""
+
+
 def own_device(name: str | None, place: int, here: int) -> torch.device:
-    """The device of one of several processes: of GPUs, the one that has its number. None is touched.
+    """The device of one of several processes: of GPUs, the one that has its number, or the only one
+    that it is shown. None is touched.
 
     Args:
         name: As :func:`pick_device` takes it, but without a number.
@@ -60,6 +66,8 @@ def own_device(name: str | None, place: int, here: int) -> torch.device:
     gpus, wanted = getattr(torch, asked.type).device_count(), max(here, place + 1)
     if not gpus:
         return pick_device(name)
+    if gpus == 1 and _SHOWN.get(asked.type) in os.environ:
+        return torch.device(asked.type, 0)  # A scheduler that shows every process its own, say.
     if gpus < wanted:
         raise RecipeError(
             f"{wanted} processes were started on this machine, which has {gpus} GPU{'s' * (gpus > 1)}: start one for each "

@@ -239,6 +239,16 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatc
         own_device("cuda:1", 1, 2)
 
 
+def test_a_process_that_is_shown_one_gpu_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert own_device(None, 3, 4) == torch.device("cuda", 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(RecipeError, match="4 processes were started on this machine, which has 1 GPU:"):
+        own_device(None, 3, 4)
+
+
 def test_no_device_is_silently_another(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="several processes cannot measure on mps; give --device cpu"):
         own_device("mps", 0, 2)
