@@ -74,7 +74,7 @@ def check_records(metadata: ParameterMetadata, where: str) -> None:
     """Refuse records that contradict each other.
 
     Raises:
-        SidecarError: If a name is there twice, or a view reaches beyond its parameter.
+        SidecarError: If a name is there twice, or a view reaches beyond its parameter, or has more elements.
     """
     names = [name for record in metadata.tensors for name in record.names]
     names += [view.name for view in metadata.views]
@@ -83,7 +83,9 @@ def check_records(metadata: ParameterMetadata, where: str) -> None:
     sizes = {record.names[0]: math.prod(record.shape) for record in metadata.tensors}
     for view in metadata.views:
         last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=False))
-        if len(view.shape) != len(view.strides) or 0 in view.shape or last >= sizes.get(view.source, 0):
+        size = sizes.get(view.source, 0)
+        shapeless = len(view.shape) != len(view.strides) or 0 in view.shape
+        if shapeless or last >= size or math.prod(view.shape) > size:
             raise SidecarError(f"{where} takes '{view.name:.100}' from beyond '{view.source:.100}'")
 
 
