@@ -9,15 +9,26 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fisher_mask_mergekit.opening import AnySidecar
 
 MODELS = ("one", "two")
 SEEDS = (0, 1)
-Kind = Literal["mask", "diagonal"]
-KINDS: tuple[Kind, ...] = ("mask", "diagonal")
+Kind = Literal["mask", "factored", "diagonal"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+METHODS: dict[Kind, str] = {
+    "mask": "fisher_mask",
+    "factored": "fisher_mask\nparameters: {nodes: all}",
+    "diagonal": "fisher_diagonal",
+}
+"""What a recipe says for each."""
 Request = tuple[str, Kind, int]
 """Model, kind and seed of a measurement."""
 State = dict[tuple[str, Kind], str]
@@ -55,7 +66,7 @@ class World:
             f"  - {{model: '{self.checkpoints / name}', parameters: {{weight: 1.0}}}}\n" for name in MODELS
         )
         self.recipe(kind, seed).write_text(
-            f"merge_method: fisher_{kind}\nbase_model: '{self.checkpoints / MODELS[0]}'\ndtype: float32\nmodels:\n{models}"
+            f"merge_method: {METHODS[kind]}\nbase_model: '{self.checkpoints / MODELS[0]}'\ndtype: float32\nmodels:\n{models}"
             f"fisher: {{data: '{self.folder / 'data.jsonl'}', samples: 12, seed: {seed}}}\n"
         )
 
@@ -170,28 +181,33 @@ def _timed(arguments: Sequence[str]) -> float:
 
 def digest(path: Path) -> str:
     """Of a sidecar's numbers and seed, read as a merge reads it; ``none``, or what is wrong with it."""
-    from fisher_mask_mergekit.diagonal_sidecar import read_diagonal
     from fisher_mask_mergekit.errors import SidecarError
-    from fisher_mask_mergekit.sidecar import read
+    from fisher_mask_mergekit.opening import read_any
 
     if not path.exists():
         return "none"
     found = hashlib.sha256()
     try:
-        if path.is_dir():
-            whole = read_diagonal(path)
-            found.update(str(whole.metadata.settings.seed).encode())
-            for record in whole.metadata.tensors:
-                found.update(whole.fisher(record).numpy().tobytes())
-        else:
-            sidecar = read(path)
-            found.update(str(sidecar.metadata.settings.seed).encode())
-            for vectors in sidecar.fisher.values():
-                for vector in vectors.values():
-                    found.update(vector.numpy().tobytes())
+        sidecar = read_any(path)
+        found.update(str(sidecar.metadata.settings.seed).encode())
+        for tensor in numbers(sidecar):
+            found.update(tensor.numpy().tobytes())
     except SidecarError as error:
         return f"torn: {error}"
     return found.hexdigest()
+
+
+def numbers(sidecar: "AnySidecar") -> Iterator["Tensor"]:
+    """All of a sidecar's, in an order of their own."""
+    from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar
+    from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
+
+    if isinstance(sidecar, DiagonalSidecar):
+        yield from map(sidecar.fisher, sidecar.metadata.tensors)
+    elif isinstance(sidecar, FactoredSidecar):
+        yield from (sidecar.packed[name] for name in sorted(sidecar.packed))
+    else:
+        yield from (vector for vectors in sidecar.fisher.values() for vector in vectors.values())
 
 
 def merge_digest(out: Path) -> str:

@@ -190,8 +190,9 @@ def crowd(world: World, processes: int, seconds: float, chance: random.Random) -
         said = child.log.read_text()
         measured += said.count(" s on cpu, ")
         served += said.count(", measured before, ")
-    for model in MODELS:
-        again(world.compute((model, "diagonal", 0)), count)
+    for kind in KINDS[1:]:
+        for model in MODELS:
+            again(world.compute((model, kind, 0)), count)
     until = time.perf_counter() + seconds
     busy: dict[int, tuple[Child, Path | None, Kind]] = {}
     while busy or time.perf_counter() < until:

@@ -1,6 +1,7 @@
 """Read thousands of damaged and hostile sidecars, recipes and data files: does any crash, hang, or pass for sound?
 
-    python benchmarks/fuzz.py [--sidecars 20000] [--partials 2000] [--recipes 2000] [--data 2000] [--guided 20000] [--seed 0] [--json FILE]
+    python benchmarks/fuzz.py [--sidecars 20000] [--factored 4000] [--partials 2000] [--recipes 2000] [--data 2000] [--guided 20000] [--seed 0]
+        [--json FILE]
 
 Each is made of a sound file by hypothesis, read, and used as a merge would use it. ``--guided`` adds mutants that atheris looks for, by
 which lines of the package they reach; needs `pip install 'fisher-mask-mergekit[fuzz]'`. Run from a clone of the repository:
@@ -29,10 +30,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from processes import HERE, run_python
 from rows import markdown, report
+from safetensors.torch import load_file
 
+from fisher_mask_mergekit.blocks import blocks
 from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.diagonal_sidecar import read_diagonal
 from fisher_mask_mergekit.errors import FisherMaskError
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar, read_factored
 from fisher_mask_mergekit.partial_sums import PartialSums
 from fisher_mask_mergekit.preview.check import check_recipe
 from fisher_mask_mergekit.preview.printout import sidecar_lines
@@ -55,8 +59,10 @@ SIDECARS = {
 }  # fmt: skip
 """Targets, and how many of the sidecars each one gets of every twenty."""
 
+FACTORED = ("factored", "sealed factored")
 PARTIALS = ("partial", "sealed partial")
 DATA = ("jsonl", "csv", "parquet")
+GUIDED = ("sealed metadata", "sealed factored")
 FAILURES = ("crash", "hang", "wrong")
 
 
@@ -161,6 +167,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "sealed folder": folder_target(
             "edited, checksums made anew", mutants=mutants.sealed_folder_of(files), may_differ=True
         ),
+        **_factored_targets(folder / "experts"),
         **_partial_targets(folder / "sums", read(one / BESIDE)),
         "recipe": Target(
             "recipe", "damaged or edited", recipe.encode(), mutants.recipe_of(recipe),
@@ -178,6 +185,36 @@ def targets(folder: Path) -> dict[str, Target]:
     }  # fmt: skip
 
 
+def _factored_targets(folder: Path) -> dict[str, Target]:
+    """Rows and columns, of a checkpoint whose files have pieces of what the model has whole: its experts."""
+    from fisher_mask_mergekit.store import FACTORED_BESIDE
+    from tests.families import build
+    from tests.test_diagonal import family_named
+    from tests.test_diagonal_method import measured
+
+    measured(build(family_named("mixtral")), folder, seed=0, kind="factored")
+    content = (folder / FACTORED_BESIDE).read_bytes()
+    use = partial(
+        _use_factored,
+        folder / "mutant.safetensors",
+        read_factored(folder / FACTORED_BESIDE),
+        load_file(folder / "model.safetensors"),
+    )
+    target = partial(Target, "sidecar of rows and columns", original=content, use=use)
+    return _damaged_and_sealed("factored", target, content)
+
+
+def _damaged_and_sealed(name: str, target: Callable[..., Target], content: bytes) -> dict[str, Target]:
+    """All changes of a file with tensors as two targets."""
+    edits = (mutants.metadata_of, mutants.tensors_of)
+    damaged = [made(content) for made in (mutants.bytes_of, mutants.header_of, *edits)]
+    sealed = [made(content, sealed=True) for made in edits]
+    return {
+        name: target("damaged, edited, exchanged", mutants=st.one_of(damaged)),
+        f"sealed {name}": target("edited, checksum made anew", mutants=st.one_of(sealed), may_differ=True),
+    }
+
+
 def _partial_targets(place: Path, sidecar: Sidecar) -> dict[str, Target]:
     """Sums that a measurement goes on from."""
     found = {
@@ -191,15 +228,7 @@ def _partial_targets(place: Path, sidecar: Sidecar) -> dict[str, Target]:
     sums.keep(wanted, lambda: None)
     content = sums.path.read_bytes()
     target = partial(Target, "partial sums", original=content, use=partial(_use_partial, sums, wanted))
-    edited = [made(content, sealed=True) for made in (mutants.metadata_of, mutants.tensors_of)]
-    others = [
-        made(content)
-        for made in (mutants.bytes_of, mutants.header_of, mutants.metadata_of, mutants.tensors_of)
-    ]
-    return {
-        "partial": target("damaged, edited, exchanged", mutants=st.one_of(others)),
-        "sealed partial": target("edited, checksum made anew", mutants=st.one_of(edited), may_differ=True),
-    }
+    return _damaged_and_sealed("partial", target, content)
 
 
 def _refuse_damaged(note: str) -> None:
@@ -265,6 +294,35 @@ def _use_diagonal(
         if record is not None:
             fisher[name] = got.fisher(record).expand(tensor.shape)
     return fisher.keys() == wanted.keys() and all(torch.equal(fisher[name], wanted[name]) for name in wanted)
+
+
+def _use_factored(
+    path: Path, wanted: FactoredSidecar, state: dict[str, torch.Tensor], content: bytes
+) -> bool:
+    path.write_bytes(content)
+    got = read_factored(path)
+    assert list(sidecar_lines(got))
+    fisher, same = _products(got, state), _products(wanted, state)
+    return (
+        got.metadata == wanted.metadata
+        and fisher.keys() == same.keys()
+        and all(torch.equal(fisher[name], same[name]) for name in same)
+    )
+
+
+def _products(sidecar: FactoredSidecar, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The Fisher information of a checkpoint's tensors, laid out block by block as a merge does it."""
+    made = {}
+    for name, tensor in state.items():
+        record = sidecar.identify(name, tensor)
+        if record is not None:
+            assert sidecar.mean_of(record) >= 0
+            whole = torch.empty(tensor.shape, dtype=torch.float64)
+            for index in blocks(tensor.shape, 100):
+                whole[index] = sidecar.fisher(record, index)
+            assert bool((whole.isfinite() & (whole >= 0)).all())
+            made[name] = whole
+    return made
 
 
 def _use_recipe(path: Path, content: bytes) -> bool:
@@ -351,13 +409,15 @@ def judged(counts: dict[str, int], number: int) -> dict[str, Any]:
 
 def shares(given: argparse.Namespace) -> dict[str, int]:
     """How many mutants each target gets."""
-    sidecars = {
-        name: -(-given.sidecars * weight // sum(SIDECARS.values())) for name, weight in SIDECARS.items()
-    }
-    partials = {name: -(-given.partials // len(PARTIALS)) for name in PARTIALS}
-    return (
-        sidecars | partials | {"recipe": given.recipes} | {name: -(-given.data // len(DATA)) for name in DATA}
-    )
+    found = {name: -(-given.sidecars * weight // sum(SIDECARS.values())) for name, weight in SIDECARS.items()}
+    for count, names in (
+        (given.factored, FACTORED),
+        (given.partials, PARTIALS),
+        (given.recipes, ("recipe",)),
+        (given.data, DATA),
+    ):
+        found |= dict.fromkeys(names, -(-count // len(names)))
+    return {name: count for name, count in found.items() if count}
 
 
 def main() -> None:
@@ -366,6 +426,7 @@ def main() -> None:
     )
     for option, default in {
         "sidecars": 20_000,
+        "factored": 4000,
         "partials": 2000,
         "recipes": 2000,
         "data": 2000,
@@ -385,7 +446,7 @@ def main() -> None:
     # In processes of their own, offline and with a cache that goes: whatever ends one of them ends the run.
     scripts = [["fuzz.py", "--child", json.dumps(shares(given)), "--seed", str(given.seed)]]
     if given.guided:
-        scripts.append(["fuzz_guided.py", str(given.guided)])
+        scripts += [["fuzz_guided.py", str(given.guided), name] for name in GUIDED]
     found = [_run(HERE / name, arguments) for name, *arguments in scripts]
     rows = [row for one in found for row in one["rows"]]
     report({"rows": rows, "seconds": SECONDS, "seed": given.seed}, "Mutants", given.json)

@@ -1,6 +1,6 @@
 """Mutants of a sidecar that atheris looks for, by which lines of the package they reach; see `fuzz.py`, which runs this.
 
-python benchmarks/fuzz_guided.py RUNS
+python benchmarks/fuzz_guided.py RUNS TARGET
 """
 
 import json
@@ -17,10 +17,10 @@ with atheris.instrument_imports(include=["fisher_mask_mergekit", "json"]):
 
 
 def main() -> None:
-    runs = int(sys.argv[1])
+    runs, name = int(sys.argv[1]), sys.argv[2]
     sys.path.insert(0, str(fuzz.HERE.parent))
     with tempfile.TemporaryDirectory() as folder:
-        target = fuzz.targets(Path(folder))["sealed metadata"]
+        target = fuzz.targets(Path(folder))[name]
         tally = fuzz.Tally(replace(target, change=f"{target.change}, guided by coverage"))
         judge = tally.test(runs, 0).hypothesis.fuzz_one_input
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fisher_mask_mergekit.diagonal_sidecar import INDEX
 from fisher_mask_mergekit.seal import digest, seal
-from fisher_mask_mergekit.sidecar import METADATA_KEY
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Files = Mapping[str, bytes]
@@ -133,19 +132,27 @@ def metadata_of(draw: Draw, content: bytes, sealed: bool = False) -> bytes:
         sealed: Whether it has the checksum of what it says.
     """
     header, rest = split(content)
-    metadata = json.loads(header["__metadata__"][METADATA_KEY])
+    key, text = _metadata(header)
+    metadata = json.loads(text)
     checksum = metadata.pop("checksum")
     made = json.dumps(draw(tree_of(metadata)), separators=(",", ":"))
     made = seal(made, load(content)) if sealed else f'{made[:-1]},"checksum":"{checksum}"}}'
-    return joined(header | {"__metadata__": {METADATA_KEY: made}}, rest)
+    return joined(header | {"__metadata__": {key: made}}, rest)
+
+
+def _metadata(header: Mapping[str, Any]) -> tuple[str, str]:
+    """What a sidecar says of itself, after the key that its kind has for it."""
+    (found,) = header["__metadata__"].items()
+    key, text = found
+    return key, text
 
 
 @st.composite
 def tensors_of(draw: Draw, content: bytes, sealed: bool = False) -> bytes:
     """Tensors are in each other's place, or have another name, shape, dtype or value; or one is gone, or too many."""
-    text = split(content)[0]["__metadata__"][METADATA_KEY]
+    key, text = _metadata(split(content)[0])
     made = draw(exchanged(load(content)))
-    return save(made, {METADATA_KEY: seal(text.rpartition(',"checksum"')[0] + "}", made) if sealed else text})
+    return save(made, {key: seal(text.rpartition(',"checksum"')[0] + "}", made) if sealed else text})
 
 
 @st.composite

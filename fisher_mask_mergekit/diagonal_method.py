@@ -14,7 +14,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
-from fisher_mask_mergekit.merging import Missing, merge_errors
+from fisher_mask_mergekit.merging import Missing, merge_errors, told
 from fisher_mask_mergekit.parameter_merge import NormalizeParameters, merge_parameters
 
 
@@ -39,10 +39,12 @@ class FisherDiagonalMerge(GroupMergeMethod):
         reference_url="https://arxiv.org/abs/2111.09832",
         contract=InputContract(base=BasePolicy.IGNORED, min_inputs=1),
         parameters=(
-            ParameterSpec("weight", float | None, ParameterScope.INPUT, default=None),
-            ParameterSpec("sidecar", str, ParameterScope.INPUT, default=""),
-            ParameterSpec("normalize", NormalizeParameters, ParameterScope.SHARED, default="none"),
-            ParameterSpec("missing", Missing, ParameterScope.SHARED, default="error"),
+            ParameterSpec("weight", told("weight", float | None), ParameterScope.INPUT, default=None),
+            ParameterSpec("sidecar", told("sidecar", str), ParameterScope.INPUT, default=""),
+            ParameterSpec(
+                "normalize", told("normalize", NormalizeParameters), ParameterScope.SHARED, default="none"
+            ),
+            ParameterSpec("missing", told("missing", Missing), ParameterScope.SHARED, default="error"),
         ),
     )
 

@@ -40,7 +40,7 @@ def match_labels(
     for value in set(raw):
         name = label_name(feature, value)
         if settings.label_map is not None:
-            index = _mapped(value, name, settings.label_map, checkpoint)
+            index = _mapped(_keys(value, feature), settings.label_map, checkpoint)
         elif isinstance(name, str) and _normalise(name) in checkpoint:
             index = checkpoint[_normalise(name)]
         elif (
@@ -54,19 +54,41 @@ def match_labels(
         if index is None or index not in label2id.values() or index >= len(label2id):
             raise DataError(
                 f"'{settings.data}': label {name!r} has no counterpart among the checkpoint's labels "
-                f"({', '.join(f'{key}={index}' for key, index in list(label2id.items())[:20])}); say which with label_map"
+                f"({', '.join(f'{key}={index}' for key, index in list(label2id.items())[:20])}); "
+                f"{_why_not(raw, feature, value, settings.label_map)}"
             )
         mapping[value] = index
     return mapping
 
 
 def _mapped(
-    value: Any, name: Any, label_map: Mapping[str | int, str | int], checkpoint: Mapping[str, int]
+    keys: tuple[Any, ...], label_map: Mapping[str | int, str | int], checkpoint: Mapping[str, int]
 ) -> int | None:
-    target = next((label_map[key] for key in (name, value, str(value)) if key in label_map), None)
+    target = next((label_map[key] for key in keys if key in label_map), None)
     if isinstance(target, str):
         return checkpoint.get(_normalise(target), int(target) if target.isdecimal() else None)
     return target
+
+
+def _why_not(
+    raw: Sequence[Any], feature: Any, value: Any, label_map: Mapping[str | int, str | int] | None
+) -> str:
+    """What is to be said in ``label_map``, or is wrong in it."""
+    if label_map is None:
+        return "say which with label_map"
+    for key in _keys(value, feature):
+        if key in label_map:
+            return f"label_map says {label_map[key]!r:.80}"
+    known = {key for one in set(raw) for key in _keys(one, feature)}
+    unknown = [repr(key) for key in label_map if key not in known]
+    return "label_map has no key for it" + (
+        f", and keys that no drawn row has: {', '.join(unknown):.200}" if unknown else ""
+    )
+
+
+def _keys(value: Any, feature: Any) -> tuple[Any, ...]:
+    """What a label can go by in ``label_map``, first what counts most."""
+    return label_name(feature, value), value, str(value)
 
 
 def label_map(mapping: Mapping[Any, int], feature: Any) -> dict[str, int]:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
+from pydantic import ValidationError, WrapValidator
 from torch import Tensor
 
 from fisher_mask_mergekit import hub, store
@@ -44,6 +45,23 @@ def merge_errors(group: "TensorGroup") -> Iterator[str]:
         yield name
     except FisherMaskError as error:
         raise MergeError(f"{type(error).__name__} at {name}: {error}") from error
+
+
+def told(name: str, values: Any) -> Any:
+    """A parameter's type, of which a wrong value is a line: pydantic's own error would be a traceback.
+
+    Args:
+        name: The parameter's.
+        values: Its type.
+    """
+
+    def validate(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            raise MergeError(f"RecipeError: {name}: {error.errors()[0]['msg']}, got {value!r:.80}") from error
+
+    return Annotated[values, WrapValidator(validate)]
 
 
 def counted_inputs(

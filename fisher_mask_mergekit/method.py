@@ -26,11 +26,12 @@ from fisher_mask_mergekit.merging import (
     counted_inputs,
     find_sidecar,
     merge_errors,
+    told,
 )
 from fisher_mask_mergekit.parameter_merge import NormalizeParameters, merge_parameters
-from fisher_mask_mergekit.recipe import ALL
+from fisher_mask_mergekit.recipe import ALL, Nodes
 from fisher_mask_mergekit.sidecar import Sidecar, read
-from fisher_mask_mergekit.weighting import Found, Nodes, Normalize, Scheme, Unmasked, fisher_rows, merge_rows
+from fisher_mask_mergekit.weighting import Found, Normalize, Scheme, Unmasked, fisher_rows, merge_rows
 
 
 class FisherMaskMerge(GroupMergeMethod):
@@ -65,13 +66,13 @@ class FisherMaskMerge(GroupMergeMethod):
         reference_url="https://arxiv.org/abs/2403.09891",
         contract=InputContract(base=BasePolicy.IGNORED, min_inputs=1),
         parameters=(
-            ParameterSpec("weight", float | None, ParameterScope.INPUT, default=None),
-            ParameterSpec("sidecar", str, ParameterScope.INPUT, default=""),
-            ParameterSpec("nodes", Nodes, ParameterScope.SHARED, default="paper"),
-            ParameterSpec("values", bool, ParameterScope.SHARED, default=False),
-            ParameterSpec("normalize", Normalize, ParameterScope.SHARED, default="none"),
-            ParameterSpec("unmasked", Unmasked, ParameterScope.SHARED, default="average"),
-            ParameterSpec("missing", Missing, ParameterScope.SHARED, default="error"),
+            ParameterSpec("weight", told("weight", float | None), ParameterScope.INPUT, default=None),
+            ParameterSpec("sidecar", told("sidecar", str), ParameterScope.INPUT, default=""),
+            ParameterSpec("nodes", told("nodes", Nodes), ParameterScope.SHARED, default="paper"),
+            ParameterSpec("values", told("values", bool), ParameterScope.SHARED, default=False),
+            ParameterSpec("normalize", told("normalize", Normalize), ParameterScope.SHARED, default="none"),
+            ParameterSpec("unmasked", told("unmasked", Unmasked), ParameterScope.SHARED, default="average"),
+            ParameterSpec("missing", told("missing", Missing), ParameterScope.SHARED, default="error"),
         ),
     )
 

@@ -12,7 +12,7 @@ from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition
 from fisher_mask_mergekit.sidecar import Measurement, Record
-from fisher_mask_mergekit.sites import Count, Name
+from fisher_mask_mergekit.sites import MOST_COUNT, Count, Name
 from fisher_mask_mergekit.untrusted import MOST_AXES
 
 
@@ -74,7 +74,7 @@ def check_records(metadata: ParameterMetadata, where: str) -> None:
     """Refuse records that contradict each other.
 
     Raises:
-        SidecarError: If a name is there twice, or a view reaches beyond its parameter.
+        SidecarError: If a name is there twice, a view reaches beyond its parameter, or has more elements than any tensor.
     """
     names = [name for record in metadata.tensors for name in record.names]
     names += [view.name for view in metadata.views]
@@ -85,6 +85,8 @@ def check_records(metadata: ParameterMetadata, where: str) -> None:
         last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=False))
         if len(view.shape) != len(view.strides) or 0 in view.shape or last >= sizes.get(view.source, 0):
             raise SidecarError(f"{where} takes '{view.name:.100}' from beyond '{view.source:.100}'")
+        if math.prod(view.shape) > MOST_COUNT:  # By strides of 0.
+            raise SidecarError(f"{where}: '{view.name:.100}' has more than {MOST_COUNT:,} elements")
 
 
 class ParameterSidecar(ABC):

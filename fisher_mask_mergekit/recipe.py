@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -14,8 +14,11 @@ from fisher_mask_mergekit.untrusted import MOST_RECIPE_BYTES, checked_name, read
 
 METHOD = "fisher_mask"
 DIAGONAL_METHOD = "fisher_diagonal"
-ALL = "all"
-"""Of the nodes that ``fisher_mask`` can go by: every row and column of every parameter."""
+Nodes = Literal["paper", "columns", "all"]
+"""What ``fisher_mask`` can go by."""
+
+ALL: Nodes = "all"
+"""Every row and column of every parameter."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ def _kind(document: dict[str, Any], path: Path) -> Kind | None:
         nodes = None
         for level in levels[:-1]:  # An entry's own is not read by mergekit: it is one value for all models.
             nodes = _mapping(level.get("parameters"), "parameters", path).get("nodes", nodes)
+        if nodes is not None and nodes not in get_args(Nodes):
+            raise RecipeError(
+                f"{path}: nodes: expected one of {', '.join(get_args(Nodes))} for all tensors alike, "
+                f"got {reprlib.repr(nodes)}"
+            )
         kinds.add("factored" if nodes == ALL else "mask")
     if len(kinds) > 1:
         raise RecipeError(

@@ -14,11 +14,12 @@ Kind = Literal["attention", "ffn"]
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and shapes."""
 
-Count = Annotated[int, Field(ge=0, le=2**40)]
+MOST_COUNT = 2**40
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 """Of heads, neurons, elements along an axis: no tensor has more."""
 
 # Not `Count = Field(ge=1)`: pydantic 2.10 takes a field that is written so for one that may be missing.
-Positive = Annotated[int, Field(ge=1, le=2**40)]
+Positive = Annotated[int, Field(ge=1, le=MOST_COUNT)]
 """Of samples, rows, tokens."""
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
 from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
+from fisher_mask_mergekit.recipe import ALL, Nodes
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Layout, Node, Site, row_fisher
 
-Nodes = Literal["paper", "columns", "all"]
 Normalize = Literal["none", "model", "layer", "tensor"]
 Unmasked = Literal["average", "layer", "universal"]
 Found = tuple[Site, GovernedTensor] | None
@@ -47,7 +47,7 @@ class Scheme:
     unmasked: Unmasked = "average"
 
     def __post_init__(self) -> None:
-        if self.nodes == "all":
+        if self.nodes == ALL:
             raise FisherMaskError(
                 "nodes is 'all', which merges by another kind of sidecar; expected paper or columns"
             )

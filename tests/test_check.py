@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from mergekit.merge_methods import get
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.draft import draft_recipe
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import compute
-from fisher_mask_mergekit.preview import check_sidecars
+from fisher_mask_mergekit.preview import check_keys, check_sidecars
 from fisher_mask_mergekit.preview.check import check_recipe
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.peek import peek
@@ -384,11 +385,28 @@ def test_keys_that_nobody_reads(pair: tuple[Path, Path], tmp_path: Path) -> None
     recipe = recipe_for(
         tmp_path, pair, models=models, parameters={"normalise": "model", "normalize": "model"}
     )
-    said = [finding.detail for finding in check_recipe(recipe) if finding.what == "recipe"]
-    assert said == [
-        "fisher_mask has no parameter 'normalise': mergekit ignores it",
-        *["fisher_mask has no parameter 'wieght': mergekit ignores it", "nothing reads the key 'fishr'"] * 2,
+    found = [finding for finding in check_recipe(recipe) if finding.what == "recipe"]
+    ignored = "mergekit ignores it, and merges without"
+    assert [one.detail for one in found] == [
+        *[f"fisher_mask has no parameter '{key}': {ignored}" for key in ("normalise", "wieght", "wieght")],
+        *["nothing reads the key 'fishr'"] * 2,
     ]
+    assert [one.remedy for one in found if one.level == "error"] == ["write normalize", *["write weight"] * 2]
+    diagonal = check_recipe(
+        recipe_for(tmp_path, pair, merge_method="fisher_diagonal", parameters={"nodes": "all"})
+    )
+    (found_there,) = [one for one in diagonal if one.what == "recipe"]
+    assert (found_there.level, found_there.detail) == (
+        "error",
+        f"fisher_diagonal has no parameter 'nodes': {ignored}",
+    )
+    assert found_there.remedy == "remove it; there are weight, sidecar, normalize, missing"
+
+
+def test_the_parameters_that_it_knows_are_the_methods() -> None:
+    for method, shared in check_keys.OF_THE_MERGE.items():
+        names = [one.name for one in get(method).spec.parameters]
+        assert names == [*check_keys.OF_A_MODEL, *shared]
 
 
 def test_a_value_for_the_merge_beside_a_model(pair: tuple[Path, Path], tmp_path: Path) -> None:

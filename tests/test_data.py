@@ -144,9 +144,26 @@ def test_columns_by_option(tmp_path: Path) -> None:
             {},
             "label 'happy' has no counterpart .*; say which with label_map",
         ),
-        ({"text": "x", "label": 0}, {"label_map": {"1": 0}}, "label 0 has no counterpart"),
-        ({"text": "x", "label": 0}, {"label_map": {"0": "other"}}, "label 0 has no counterpart"),
-        ({"text": "x", "label": 0}, {"label_map": {"0": 3}}, "label 0 has no counterpart"),
+        (
+            {"text": "x", "label": 0},
+            {"label_map": {"0": "other"}},
+            "label 0 has no .*; label_map says 'other'",
+        ),
+        (
+            {"text": "x", "label": 0},
+            {"label_map": {"0": 3}},
+            "label 0 has no counterpart .*; label_map says 3",
+        ),
+        (
+            {"text": "x", "label": "happy"},
+            {"label_map": {"hapy": 0, "sad": 1}},
+            "label 'happy' has no .*; label_map has no key for it, and keys that no drawn row has: 'hapy', 'sad'",
+        ),
+        (
+            {"text": "x", "label": 0},
+            {"label_map": {"1": 0}},
+            "label 0 has .* label_map has no key for it, and keys that no drawn row has: '1'",
+        ),
     ],
 )
 def test_unusable_data_says_what_is_wrong(
@@ -233,6 +250,10 @@ def test_an_explicit_map_beats_names_and_indices(tmp_path: Path) -> None:
     data = class_labels(tmp_path / "d", ["positive", "negative"])
     for label_map in ({"positive": 0, "negative": 1}, {0: "Negative", 1: "positive"}, {"0": "0", "1": "1"}):
         assert by_text(draw(data, NAMED, label_map=label_map)) == {"w0": 0, "w1": 1}
+    with pytest.raises(DataError, match=r"label_map has no key for it, and keys that .* has: 'negatve'$"):
+        draw(data, NAMED, label_map={"positive": 0, "negatve": 1})
+    with pytest.raises(DataError, match=r"label_map has no key for it$"):
+        draw(data, NAMED, label_map={0: 0})
 
 
 def batches(

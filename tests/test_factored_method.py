@@ -236,6 +236,30 @@ def test_a_recipe_with_nodes_for_some_tensors_only_is_refused(tmp_path: Path, mo
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump({"merge_method": "fisher_mask", "slices": slices}))
     assert "nodes: all holds for some tensors only" in run("compute", recipe, code=1).stderr
+    filtered = [{"filter": "attention", "value": "all"}, {"value": "paper"}]
+    recipe = write_recipe(tmp_path, models, tmp_path / "none", "fisher_mask", parameters={"nodes": filtered})
+    said = "nodes: expected one of paper, columns, all for all tensors alike, got [{'filter': 'attention'"
+    assert said in run("compute", recipe, code=1).stderr
+    assert said in run("check", recipe, code=1).stdout
+
+
+@pytest.mark.parametrize("method", ["fisher_mask", "fisher_diagonal"])
+def test_a_wrong_value_is_one_line_of_mergekits_command(
+    method: str, tmp_path: Path, models: list[Path]
+) -> None:
+    for name, value in (("nodes", "al"), ("normalize", "layers"), ("weight", "much"), ("missing", 3)):
+        if (name, method) == ("nodes", "fisher_diagonal"):
+            continue
+        recipe = write_recipe(tmp_path, models, tmp_path / "none", method, parameters={name: value})
+        if name == "weight":
+            recipe.write_text(recipe.read_text().replace("weight: 1.0", "weight: much"))
+        result = mergekit(recipe, tmp_path / "merged")
+        assert isinstance(result.exception, SystemExit)  # No traceback.
+        said = result.output.splitlines()[-1]
+        assert said.startswith(f"Error: RecipeError: {name}: Input should be ")
+        assert said.endswith(f", got {value!r}")
+        assert f"{name}: " in run("check", recipe, code=1).stdout
+        assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon-40b-untied", "mixtral", "llama-tied"])

@@ -178,6 +178,7 @@ def flip_a_bit(path: Path) -> None:
         (view(strides=[10**9]), "takes 'v' from beyond"),
         (view(strides=[-1]), "metadata field 'views.0.strides.0'"),
         (view(shape=[0], values=[]), "takes 'v' from beyond"),
+        (view(shape=[2**40] * 2, strides=[0, 0], values=[0.0] * 16), "'v' has more than 1,099,511,627,776 elements"),
         (view(offset=30), r"a piece of 'bert\S+' \[4\] is no product of its rows and columns"),
         (view(shape=[40]), "is no product of its rows and columns"),
     ],

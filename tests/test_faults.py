@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,18 +19,17 @@ import torch
 from fisher_mask_mergekit import adapter, prepass, store
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate
 from fisher_mask_mergekit.cli import compute as command
-from fisher_mask_mergekit.diagonal_sidecar import read_diagonal
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.job import Job, prepare
+from fisher_mask_mergekit.opening import read_any
 from fisher_mask_mergekit.settings import FisherSettings, Kind
-from fisher_mask_mergekit.sidecar import read
 from fisher_mask_mergekit.store import alone, replace_folder
 from tests import fake_hub, tiny
 from tests.benchmarks import BENCHMARKS, benchmark
 from tests.test_cli import run
 
 CPU = torch.device("cpu")
-BOTH: tuple[Kind, ...] = ("mask", "diagonal")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 PATIENCE = 60
 """Seconds after which something that must happen is given up."""
 
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def seed_of(path: Path) -> int:
-    return (read_diagonal(path) if path.is_dir() else read(path)).metadata.settings.seed
+    return read_any(path).metadata.settings.seed
 
 
 def test_one_at_a_time_though_the_lock_file_comes_and_goes(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_killed_process_leaves_neither_a_lock_nor_half_a_file(tmp_path: Path) 
     assert set(tmp_path.iterdir()) == set(kept)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_another_process_measured_meanwhile_is_served(model: Path, data: Path, kind: Kind) -> None:
     jobs = [job_of(model, data, kind) for _ in range(2)]
     anew = job_of(model, data, kind, force=True)
@@ -121,7 +121,7 @@ def test_what_another_process_measured_meanwhile_is_served(model: Path, data: Pa
     assert not prepass.compute(stale, CPU).served
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_served_is_tidied_up_too(model: Path, data: Path, kind: Kind) -> None:
     path = prepass.compute(job_of(model, data, kind), CPU).path
     whole = set(model.rglob("*"))
@@ -168,7 +168,7 @@ def open_to_all(*arguments: object) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_checkpoint_that_changes_while_it_is_measured(
     model: Path, data: Path, kind: Kind, file: str
@@ -226,7 +226,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_cannot_be_written_whole_leaves_the_earlier_one(
     model: Path, data: Path, kind: Kind
 ) -> None:
@@ -259,7 +259,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk_and_a_read_only_one(
     model: Path, data: Path, disk: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,7 +376,7 @@ def test_the_benchmark_kills_and_loses_nothing(tmp_path: Path) -> None:
     assert all(not record[part]["what"] for part in ("compute", "merges", "crowd"))
 
 
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_benchmark_sees_a_torn_sidecar_and_other_numbers(model: Path, data: Path, kind: Kind) -> None:
     digest = benchmark("crowded").digest
     path = prepass.compute(job_of(model, data, kind), CPU).path

@@ -10,6 +10,7 @@ from tests.benchmarks import benchmark
 
 pytestmark = pytest.mark.xdist_group("fuzz")  # What they share is made once.
 fuzz = benchmark("fuzz")
+SEALED = (*fuzz.SIDECARS, *fuzz.FACTORED, *fuzz.PARTIALS)
 FEW = {"folder": 20, "sealed folder": 20, "recipe": 8, "jsonl": 5, "csv": 3, "parquet": 5}
 
 
@@ -19,7 +20,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return made
 
 
-@pytest.mark.parametrize("name", [*fuzz.SIDECARS, *fuzz.PARTIALS, "recipe", *fuzz.DATA])
+@pytest.mark.parametrize("name", [*SEALED, "recipe", *fuzz.DATA])
 def test_no_mutant_crashes_hangs_or_passes_for_sound(targets: dict[str, object], name: str) -> None:
     tally = fuzz.Tally(targets[name])
     tally.test(FEW.get(name, 40), 0)()
@@ -30,7 +31,7 @@ def test_no_mutant_crashes_hangs_or_passes_for_sound(targets: dict[str, object],
 def test_the_sound_ones_are_read_and_used(targets: dict[str, object]) -> None:
     for name, target in targets.items():
         verdict, reason = target.judge(target.original)  # type: ignore[attr-defined]
-        assert (verdict, reason) == ("same" if name in (*fuzz.SIDECARS, *fuzz.PARTIALS) else "other", "")
+        assert (verdict, reason) == ("same" if name in SEALED else "other", "")
 
 
 def test_what_goes_wrong_is_counted(targets: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +64,11 @@ def test_what_goes_wrong_is_counted(targets: dict[str, object], monkeypatch: pyt
 def test_the_shares_are_what_was_asked_for(tmp_path: Path) -> None:
     from argparse import Namespace
 
-    shares = fuzz.shares(Namespace(sidecars=20_000, partials=2000, recipes=2000, data=2000))
+    shares = fuzz.shares(Namespace(sidecars=20_000, factored=4000, partials=2000, recipes=0, data=2000))
     assert sum(shares[name] for name in fuzz.SIDECARS) >= 20_000
+    assert sum(shares[name] for name in fuzz.FACTORED) == 4000
     assert sum(shares[name] for name in fuzz.PARTIALS) == 2000
+    assert "recipe" not in shares
     assert sum(shares[name] for name in fuzz.DATA) >= 2000
     fuzz.report({"rows": [{"file": "x", "mutants": 12_345}]}, "Title", tmp_path / "out.json")
     assert list(fuzz.markdown(json.loads((tmp_path / "out.json").read_text()))) == ["Title"]

@@ -379,7 +379,7 @@ def test_one_model_that_counts_is_taken_as_it_is_and_needs_no_sidecar(inputs: In
 
 def test_unknown_choices_are_errors(inputs: Inputs) -> None:
     for parameter in ("nodes", "values", "normalize", "unmasked", "missing"):
-        with pytest.raises(ValueError, match="Input should be"):
+        with pytest.raises(MergeError, match=f"RecipeError: {parameter}: Input should be .*, got 'other'"):
             inputs.merge(**{parameter: "other"})
 
 

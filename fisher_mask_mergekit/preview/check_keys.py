@@ -8,11 +8,15 @@ from typing import Any
 from fisher_mask_mergekit.data import LOADERS, parse_spec
 from fisher_mask_mergekit.errors import DataError
 from fisher_mask_mergekit.preview.findings import Finding
-from fisher_mask_mergekit.recipe import METHOD, Recipe
+from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe
 from fisher_mask_mergekit.store import adapted
 
-OF_THE_MERGE = ("nodes", "values", "normalize", "unmasked", "missing")
-PARAMETERS = ("weight", "sidecar", *OF_THE_MERGE)
+OF_A_MODEL = ("weight", "sidecar")
+OF_THE_MERGE: Mapping[str, tuple[str, ...]] = {
+    METHOD: ("nodes", "values", "normalize", "unmasked", "missing"),
+    DIAGONAL_METHOD: ("normalize", "missing"),
+}
+"""The methods' parameters."""
 
 
 def check_keys(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
@@ -22,9 +26,9 @@ def check_keys(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]
         recipe: The recipe as this package reads it.
         document: The same as plain YAML.
     """
-    if recipe.method == METHOD:
+    if recipe.method in OF_THE_MERGE:
         for section in _sections(document):
-            yield from _unknown(section)
+            yield from _unknown(section, recipe.method)
     for model in recipe.models:
         yield from _name(model.name)
         if model.settings is not None:
@@ -45,16 +49,18 @@ def _sections(part: Any) -> Iterator[Mapping[str, Any]]:
             yield from _sections(entry) if key == "slices" else [entry] if isinstance(entry, dict) else ()
 
 
-def _unknown(section: Mapping[str, Any]) -> Iterator[Finding]:
+def _unknown(section: Mapping[str, Any], method: str) -> Iterator[Finding]:
+    known = (*OF_A_MODEL, *OF_THE_MERGE[method])
     given = section.get("parameters")
     parameters: dict[Any, Any] = given if isinstance(given, dict) else {}
     for key in parameters:
-        if key not in PARAMETERS:
+        if key not in known:
+            nearest = get_close_matches(str(key), known, n=1)
             yield Finding(
-                "warning", "recipe", f"{METHOD} has no parameter '{key}': mergekit ignores it",
-                f"one of {', '.join(PARAMETERS)}",
+                "error", "recipe", f"{method} has no parameter '{key}': mergekit ignores it, and merges without",
+                f"write {nearest[0]}" if nearest else f"remove it; there are {', '.join(known)}",
             )  # fmt: skip
-        elif key in OF_THE_MERGE and "model" in section:
+        elif key in OF_THE_MERGE[method] and "model" in section:
             yield Finding(
                 "warning", "recipe", f"mergekit ignores '{key}' beside a model: it is one value for all models",
                 f"parameters: {{{key}: {parameters[key]}}} at the top level of the recipe",

@@ -28,8 +28,7 @@ def planned(recipe: Recipe, models: Mapping[str, Peeked]) -> tuple[tuple[Output,
     try:
         return plan_merge(recipe, models), []
     except RecipeError as error:
-        remedy = "this is mergekit's own message; correct the recipe, or merge other models"
-        return (), [Finding("error", "recipe", str(error), remedy)]
+        return (), [Finding("error", "recipe", str(error), "correct the recipe, or merge other models")]
 
 
 def check_merge(recipe: Recipe, models: Mapping[str, Peeked], outputs: Sequence[Output]) -> Iterator[Finding]:

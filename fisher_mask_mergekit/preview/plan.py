@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_mask_mergekit.errors import RecipeError, first_line
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, first_line
 from fisher_mask_mergekit.preview.peek import Peeked
 from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.sites import Shapes, layer_of
@@ -88,6 +88,8 @@ def plan_merge(recipe: Recipe, models: Mapping[str, Peeked]) -> tuple[Output, ..
         }
         try:
             return _plan(_renamed(recipe.document, folders), folders, models)
+        except FisherMaskError as error:  # The methods' own.
+            raise RecipeError(f"{recipe.path}: {error}") from error
         except (
             Exception
         ) as error:  # mergekit raises RuntimeError, ValueError, TypeError, pydantic's and others.
