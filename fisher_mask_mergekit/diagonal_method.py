@@ -30,6 +30,7 @@ class FisherDiagonalMerge(GroupMergeMethod):
 
     - ``normalize``: ``none``; ``model`` or ``tensor``, which divide a model's Fisher information by its own mean over
       all parameters, or over the tensor's.
+    - ``prior``: as in ``fisher_mask``.
     - ``missing``: ``error`` or ``average``, if a model has no sidecar.
     """
 
@@ -44,6 +45,7 @@ class FisherDiagonalMerge(GroupMergeMethod):
             ParameterSpec(
                 "normalize", told("normalize", NormalizeParameters), ParameterScope.SHARED, default="none"
             ),
+            ParameterSpec("prior", told("prior", float), ParameterScope.SHARED, default=0.0),
             ParameterSpec("missing", told("missing", Missing), ParameterScope.SHARED, default="error"),
         ),
     )

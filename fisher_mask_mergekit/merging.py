@@ -21,7 +21,7 @@ from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNo
 from fisher_mask_mergekit.recipe import RecipeModel, read_recipe
 from fisher_mask_mergekit.settings import Kind
 from fisher_mask_mergekit.sidecar import AnyKind, Measurement, OfAnyKind, whole
-from fisher_mask_mergekit.weighting import counted_weight
+from fisher_mask_mergekit.weighting import Prior, check_parent, counted_weight
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorEntry, TensorGroup
@@ -86,6 +86,24 @@ def counted_inputs(
             _say_base_does_not_count(str(group.base.id), str(counted[0][0].id))
         return counted[0][0].tensor
     return counted
+
+
+def prior_of(group: "TensorGroup", weight: Mapping[Hashable, float | None], precision: float) -> Prior | None:
+    """What the models of a group start from; None if they are averaged.
+
+    Args:
+        group: The inputs.
+        weight: As recipes have it.
+        precision: The recipe's ``prior``.
+
+    Raises:
+        RecipeError: If there is no base model, or it is one of those that are merged.
+    """
+    if not precision:
+        return None
+    check_parent(precision, group.base and group.base.id, group.base and weight[group.base.id])
+    assert group.base is not None
+    return Prior(precision, group.base.tensor)
 
 
 @lru_cache(maxsize=64)

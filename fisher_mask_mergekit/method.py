@@ -26,6 +26,7 @@ from fisher_mask_mergekit.merging import (
     counted_inputs,
     find_sidecar,
     merge_errors,
+    prior_of,
     told,
 )
 from fisher_mask_mergekit.parameter_merge import NormalizeParameters, merge_parameters
@@ -57,6 +58,9 @@ class FisherMaskMerge(GroupMergeMethod):
     - ``unmasked``: how tensors without mask nodes are weighted, by ``weight`` alone (``average``) or as the
       paper's released code does: ``layer``, the rest of an attention or FFN block by the site's mean Fisher;
       ``universal``, also everything else, by the mean over sites of the mean head plus the mean neuron.
+    - ``prior``: how much the ``base_model``, which the models were fine-tuned from, is known to be right, in units of a
+      model's mean Fisher information; with it changes from the base are added up rather than averaged. 0, the
+      default: the base does not count. Needs a ``normalize``.
     - ``missing``: ``error`` or ``average``, if a model has no sidecar.
     """
 
@@ -72,6 +76,7 @@ class FisherMaskMerge(GroupMergeMethod):
             ParameterSpec("values", told("values", bool), ParameterScope.SHARED, default=False),
             ParameterSpec("normalize", told("normalize", Normalize), ParameterScope.SHARED, default="none"),
             ParameterSpec("unmasked", told("unmasked", Unmasked), ParameterScope.SHARED, default="average"),
+            ParameterSpec("prior", told("prior", float), ParameterScope.SHARED, default=0.0),
             ParameterSpec("missing", told("missing", Missing), ParameterScope.SHARED, default="error"),
         ),
     )
@@ -100,11 +105,12 @@ def _merge(
     **scheme: Any,
 ) -> Tensor:
     if scheme["nodes"] == ALL:
-        by = _without_masks(**scheme)
-        return merge_parameters(group, name, weight, sidecar, by, missing, "factored")
-    inputs = counted_inputs(group, weight)
+        normalize, prior = _without_masks(**scheme)
+        return merge_parameters(group, name, weight, sidecar, normalize, prior, missing, "factored")
+    by, inputs = Scheme(**scheme), counted_inputs(group, weight)
     if isinstance(inputs, Tensor):
         return inputs
+    start = prior_of(group, weight, by.prior)
     sidecars = [find_sidecar(entry.id, sidecar[entry.id], "mask", missing, _read_once) for entry, _ in inputs]
     compare_measurements(sidecars)
     found = [
@@ -112,12 +118,13 @@ def _merge(
         for (entry, _), known in zip(inputs, sidecars, strict=True)
     ]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
-    return merge_rows(tensors, weights, fisher_rows(sidecars, found, tensors[0].ndim, Scheme(**scheme)))
+    fishers = fisher_rows(sidecars, found, tensors[0].ndim, by)
+    return merge_rows(tensors, weights, fishers, start)
 
 
 def _without_masks(
-    nodes: Nodes, values: bool, normalize: Normalize, unmasked: Unmasked
-) -> NormalizeParameters:
+    nodes: Nodes, values: bool, normalize: Normalize, unmasked: Unmasked, prior: float
+) -> tuple[NormalizeParameters, float]:
     """Refuse what has no meaning where all tensors are weighed by numbers of their own."""
     if values:
         raise RecipeError("values: true is about masks; nodes: all weighs the values, too, as it is")
@@ -127,7 +134,7 @@ def _without_masks(
         )
     if normalize == "layer":
         raise RecipeError("normalize: layer is about sites of masks; nodes: all takes none, model or tensor")
-    return normalize
+    return normalize, prior
 
 
 def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:

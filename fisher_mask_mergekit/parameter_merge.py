@@ -23,9 +23,10 @@ from fisher_mask_mergekit.merging import (
     compute_command,
     counted_inputs,
     find_sidecar,
+    prior_of,
 )
 from fisher_mask_mergekit.parameter_records import AnyRecord
-from fisher_mask_mergekit.weighting import merge_rows
+from fisher_mask_mergekit.weighting import Prior, check_prior, merge_rows, relative
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorEntry, TensorGroup
@@ -45,6 +46,7 @@ def merge_parameters(
     weight: Mapping[Hashable, float | None],
     sidecar: Mapping[Hashable, str],
     normalize: NormalizeParameters,
+    prior: float,
     missing: Missing,
     kind: ParameterKind,
 ) -> Tensor:
@@ -56,6 +58,7 @@ def merge_parameters(
         weight: As recipes have it.
         sidecar: Likewise.
         normalize: What a model's Fisher information is divided by.
+        prior: The parent's precision; 0 for none.
         missing: What to do if a model has no sidecar.
         kind: Of sidecars.
 
@@ -64,8 +67,10 @@ def merge_parameters(
             cannot be used.
     """
     inputs = counted_inputs(group, weight)
+    check_prior(prior, normalize)
     if isinstance(inputs, Tensor):
         return inputs
+    start = prior_of(group, weight, prior)
     found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     sidecars = [known for known in found if known is not None]
@@ -76,17 +81,25 @@ def merge_parameters(
         if known is not None
     ]
     parameters = [record for record in records if record is not None]
-    if len(sidecars) < len(inputs) or not parameters:
+    if len(sidecars) < len(inputs):
+        return merge_rows(tensors, weights, prior=start)
+    if not parameters:
         return merge_rows(tensors, weights)
     if len(parameters) < len(records):
         raise SidecarMismatchError("it is a parameter of one model, and none of another")
     scales = [_scale(known, one, normalize) for known, one in zip(sidecars, parameters, strict=True)]
-    coefficients = [given / (scale or 1.0) for given, scale in zip(weights, scales, strict=True)]
+    given = weights if start is None else relative(weights).tolist()
+    coefficients = [one / (scale or 1.0) for one, scale in zip(given, scales, strict=True)]
     for known, scale, coefficient in zip(sidecars, scales, coefficients, strict=True):
         if not math.isfinite(coefficient):
             of = "all parameters" if normalize == "model" else "this tensor"
             raise SidecarError(f"{known.source}: a mean over {of} of {scale} divides nothing")
-    return merge_elements(tensors, weights, *_blocks_of(sidecars, parameters, coefficients, tensors[0]))
+    blocks = _blocks_of(sidecars, parameters, coefficients, tensors[0], is_relative=start is None)
+    return (
+        merge_elements(tensors, given, *blocks)
+        if start is None
+        else step_elements(tensors, given, *blocks, start)
+    )
 
 
 def _scale(sidecar: _Sidecar, record: AnyRecord, normalize: NormalizeParameters) -> float:
@@ -100,28 +113,42 @@ def _blocks_of(
     records: Sequence[AnyRecord],
     coefficients: Sequence[float],
     like: Tensor,
+    *,
+    is_relative: bool,
 ) -> tuple[Sequence[float], Fisher]:
-    """What :func:`merge_elements` multiplies Fisher information by, and where it gets that from."""
+    """What :func:`merge_elements` multiplies Fisher information by, and where it gets that from.
+
+    Args:
+        sidecars: Of every model.
+        records: The tensor in each.
+        coefficients: What the models' Fisher information is to be multiplied by.
+        like: One of the tensors that are merged.
+        is_relative: Whether only ratios of the products count.
+    """
     products = [
         sidecar.factors(record)
         for sidecar, record in zip(sidecars, records, strict=True)
         if isinstance(sidecar, FactoredSidecar)
     ]
     if products:
-        scaled = _scaled(products, coefficients, like)
+        scaled = _scaled(products, coefficients, like, is_relative=is_relative)
         return [1.0] * len(products), lambda number, index: scaled[number].block(index)
     diagonal = [sidecar for sidecar in sidecars if isinstance(sidecar, DiagonalSidecar)]
     return coefficients, lambda number, index: diagonal[number].fisher(records[number], index)
 
 
-def _scaled(products: Sequence[Factors], coefficients: Sequence[float], like: Tensor) -> list[Factors]:
-    """Factors times what weighs their model, over the largest of all: so that what is multiplied neither over- nor underflows."""
-    most = max(coefficients)
+def _scaled(
+    products: Sequence[Factors], coefficients: Sequence[float], like: Tensor, *, is_relative: bool
+) -> list[Factors]:
+    """Factors times what weighs their model; where only ratios count, over the largest of all: so that what is multiplied
+    neither over- nor underflows.
+    """
+    most = max(coefficients) if is_relative else 1.0
     tops = [
         (float(one.rows.max()), float(one.columns.max()), coefficient / most)
         for one, coefficient in zip(products, coefficients, strict=True)
     ]
-    largest = max(math.prod(top) for top in tops) or 1.0
+    largest = (max(math.prod(top) for top in tops) if is_relative else 0.0) or 1.0
 
     def to(factor: Tensor, scale: float) -> Tensor:
         return (factor * scale).to(like.device, wide_dtype(like))
@@ -174,6 +201,43 @@ def merge_elements(
             merged.copy_(torch.where(total == 0, merge_rows(values, weights).to(merged.dtype), merged))
 
     return in_blocks(tensors, add)
+
+
+def step_elements(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    factors: Sequence[float],
+    fisher: Fisher,
+    prior: Prior,
+) -> Tensor:
+    r"""From the models' parent, the sum of their weighted changes, element by element.
+
+    .. math:: \theta^* = \theta_0 + \frac{\sum_j (\lambda_j \kappa + c_j F_j) (\theta_j - \theta_0)}
+        {\kappa + \sum_j c_j F_j}
+
+    Args:
+        tensors: :math:`\theta_j`, all of one shape and dtype. Not changed.
+        weights: :math:`\lambda_j > 0`, of mean 1.
+        factors: :math:`c_j`, :math:`\lambda_j` over the mean of :math:`F_j`.
+        fisher: As :func:`merge_elements` takes it.
+        prior: :math:`\theta_0` and :math:`\kappa`.
+
+    Returns:
+        :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
+
+    Reference: see :func:`~fisher_mask_mergekit.weighting.steps`.
+    """
+
+    def add(index: Index, values: Sequence[Tensor], merged: Tensor) -> None:
+        *values, parent = values
+        parent, total = parent.to(merged.dtype), torch.full_like(merged, prior.precision)
+        for number, (value, given, factor) in enumerate(zip(values, weights, factors, strict=True)):
+            part = fisher(number, index).to(merged.device, merged.dtype) * factor
+            total += part
+            merged.addcmul_(value - parent, part + given * prior.precision)
+        merged.div_(total).add_(parent)
+
+    return in_blocks([*tensors, prior.parent], add)
 
 
 def _reaches_zero(total: Tensor) -> bool:

@@ -32,7 +32,7 @@ class RecipeModel:
         weight: Its ``weight`` parameter; None if it has none; ``varies`` if it is not one plain number, but a
             filter, a gradient, or different in different slices.
         sidecar: Its ``sidecar`` parameter.
-        is_base: Whether it is the recipe's ``base_model``.
+        is_base: Whether it is the recipe's ``base_model``, or that of one of its slices.
         request: The same settings, also where they name no data.
         evaluation: What to score it on.
     """
@@ -100,12 +100,14 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         )
     if not found:
         raise RecipeError(f"{path} names no models")
+    bases = [base, *(level.get("base_model") for levels in places(document, path) for level in levels)]
     return Recipe(
         path,
         document["merge_method"],
         kind,
         tuple(
-            _model(name, entries, defaults, overrides or {}, base, path) for name, entries in found.items()
+            _model(name, entries, defaults, overrides or {}, name in bases, path)
+            for name, entries in found.items()
         ),
         document,
     )
@@ -140,7 +142,7 @@ def _model(
     entries: list[dict[str, Any]],
     defaults: Mapping[str, Any],
     overrides: Mapping[str, Any],
-    base: Any,
+    is_base: bool,
     path: Path,
 ) -> RecipeModel:
     """One model from all the places that name it."""
@@ -170,7 +172,7 @@ def _model(
         kind=settings.kind,
         weight=weight,
         sidecar=next(iter(sidecars), None) or None,
-        is_base=name == base,
+        is_base=is_base,
         request=settings,
         evaluation=evaluation,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
-from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
+from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarMismatchError
 from fisher_mask_mergekit.recipe import ALL, Nodes
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import GovernedTensor, Layout, Node, Site, row_fisher
@@ -39,14 +39,17 @@ class Scheme:
         values: Whether also value rows and the columns of the attention's output projection.
         normalize: What a model's Fisher information is divided by.
         unmasked: How tensors that no mask node governs are weighted.
+        prior: The parent's precision, see :func:`steps`; 0 for none.
     """
 
     nodes: Nodes = "paper"
     values: bool = False
     normalize: Normalize = "none"
     unmasked: Unmasked = "average"
+    prior: float = 0.0
 
     def __post_init__(self) -> None:
+        check_prior(self.prior, self.normalize)
         if self.nodes == ALL:
             raise FisherMaskError(
                 "nodes is 'all', which merges by another kind of sidecar; expected paper or columns"
@@ -63,17 +66,74 @@ class Scheme:
         return site, tensor.model_copy(update={"layout": "mean"})
 
 
-def merge_rows(
-    tensors: Sequence[Tensor], weights: Sequence[float], fishers: Sequence[Tensor] | None = None
-) -> Tensor:
-    r"""Fisher-weighted mean of tensors, row by row.
+@dataclass(frozen=True)
+class Prior:
+    r"""What all models were fine-tuned from, taken for what is known of them before any Fisher information.
 
-    .. math:: \theta^* = \frac{\sum_j \lambda_j F_j \theta_j}{\sum_j \lambda_j F_j}
+    Attributes:
+        precision: :math:`\kappa > 0` of every element, where a model's Fisher information has the mean 1.
+        parent: :math:`\theta_0`, of the models' shape and dtype.
+    """
+
+    precision: float
+    parent: Tensor
+
+
+def check_prior(prior: float, normalize: str) -> None:
+    """Refuse a prior that cannot be.
+
+    Raises:
+        RecipeError: If it is no number of 0 or more, or nothing gives it a scale.
+    """
+    if not 0 <= prior < math.inf:
+        raise RecipeError(f"prior is {prior}; expected a number of 0 or more")
+    if prior and normalize == "none":
+        raise RecipeError(
+            f"prior: {prior} counts in means of each model's Fisher information, so it needs "
+            "normalize: tensor (or another that is not none)"
+        )
+
+
+def check_parent(prior: float, base: Hashable | None, weight: float | None) -> None:
+    """Refuse a prior without the model that it is about.
+
+    Args:
+        prior: The recipe's, not 0.
+        base: The base model, if it has a part in the tensor.
+        weight: As the recipe gives it for the base model.
+
+    Raises:
+        RecipeError: If there is no base model, or it is one of those that are merged.
+    """
+    if base is None:
+        raise RecipeError(
+            f"prior: {prior} needs what the models were fine-tuned from: give it as base_model (in a recipe of "
+            "slices as base_model of the slice, and as one of its sources)"
+        )
+    if weight:
+        raise RecipeError(
+            f"base_model {base} has a weight; with prior it is what the models were fine-tuned from, and none of those "
+            "that are merged: leave its weight out, or name their parent (in a recipe of slices as base_model of the "
+            "slice, and as one of its sources)"
+        )
+
+
+def merge_rows(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    fishers: Sequence[Tensor] | None = None,
+    prior: Prior | None = None,
+) -> Tensor:
+    r"""Fisher-weighted mean of tensors, row by row; or, from their parent, the sum of weighted steps.
+
+    .. math:: \theta^* = \frac{\sum_j \lambda_j F_j \theta_j}{\sum_j \lambda_j F_j}, \qquad
+        \theta^* = \theta_0 + \sum_j a_j (\theta_j - \theta_0)
 
     Args:
         tensors: :math:`\theta_j`, each ``[R, ...]``, all of one shape and dtype. Not changed.
         weights: As :func:`shares` takes them.
         fishers: Likewise; of a shape that broadcasts to the tensors', ``[R, 1]`` for the rows of a matrix.
+        prior: Where they start from; then :math:`a_j` are as :func:`steps` has them.
 
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
@@ -81,13 +141,20 @@ def merge_rows(
     Reference: arXiv 2403.09891, eq. (5).
     """
     first = tensors[0]
-    rows = [row.expand(first.shape) for row in shares(weights, fishers).to(first.device, wide_dtype(first))]
+    parts = shares(weights, fishers) if prior is None else steps(weights, fishers, prior.precision)
+    rows = [row.expand(first.shape) for row in parts.to(first.device, wide_dtype(first))]
 
     def add(index: Index, values: Sequence[Tensor], total: Tensor) -> None:
         for value, row in zip(values, rows, strict=True):
             total.addcmul_(value, row[index])
 
-    return in_blocks(tensors, add)
+    def step(index: Index, values: Sequence[Tensor], total: Tensor) -> None:
+        *values, parent = values
+        total.copy_(parent)
+        for value, row in zip(values, rows, strict=True):
+            total.addcmul_(value - parent.to(total.dtype), row[index])
+
+    return in_blocks(tensors, add) if prior is None else in_blocks([*tensors, prior.parent], step)
 
 
 def shares(weights: Sequence[float], fishers: Sequence[Tensor] | None = None) -> Tensor:
@@ -115,6 +182,41 @@ def shares(weights: Sequence[float], fishers: Sequence[Tensor] | None = None) ->
     weighted = plain * torch.stack([fisher.to("cpu", torch.float64) for fisher in fishers])
     total = weighted.sum(0)
     return torch.where(total > 0, weighted / total, plain / plain.sum())
+
+
+def steps(weights: Sequence[float], fishers: Sequence[Tensor] | None, precision: float) -> Tensor:
+    r"""How much of each model's change from the parent a merge takes, of every row.
+
+    .. math:: a_j = \frac{\lambda_j (\kappa + F_j)}{\kappa + \sum_i \lambda_i F_i}
+
+    It is the mean of the product of what fine-tuning on each task knows of the weights, a normal distribution around
+    :math:`\theta_j` with precision :math:`\kappa + F_j`, of which the parent's own, with precision :math:`\kappa`, is
+    counted once. One model alone is taken as it is; with :math:`\kappa \to 0` they sum to 1, as :func:`shares` do, and
+    with :math:`\kappa \to \infty` all changes are added up.
+
+    Args:
+        weights: As :func:`shares` takes them: only their ratios count, :math:`\lambda` has the mean 1.
+        fishers: :math:`F_j` in units of their own mean; 1 if none are given.
+        precision: :math:`\kappa > 0`, in the same units.
+
+    Returns:
+        :math:`a_j`, ``[M]`` or, with Fisher information, ``[M, ...]`` of its shape; float64, on the CPU.
+
+    Reference: arXiv 2310.12808, with a constant for the parent's own Fisher information.
+    """
+    plain = relative(weights)
+    if fishers is None:
+        return plain * (precision + 1) / (precision + len(weights))
+    plain = plain.reshape(-1, *[1] * fishers[0].ndim)
+    fisher = torch.stack([one.to("cpu", torch.float64) for one in fishers])
+    return plain * (precision + fisher) / (precision + (plain * fisher).sum(0))
+
+
+def relative(weights: Sequence[float]) -> Tensor:
+    """Weights over their mean, ``[M]``, float64, on the CPU."""
+    plain = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    plain = plain / plain.max()  # So that no sum overflows.
+    return plain / plain.mean()
 
 
 def counted_weight(model: Hashable, given: float | None, is_base: bool) -> float:

@@ -13,8 +13,8 @@ from fisher_mask_mergekit.store import adapted
 
 OF_A_MODEL = ("weight", "sidecar")
 OF_THE_MERGE: Mapping[str, tuple[str, ...]] = {
-    METHOD: ("nodes", "values", "normalize", "unmasked", "missing"),
-    DIAGONAL_METHOD: ("normalize", "missing"),
+    METHOD: ("nodes", "values", "normalize", "unmasked", "prior", "missing"),
+    DIAGONAL_METHOD: ("normalize", "prior", "missing"),
 }
 """The methods' parameters."""
 

@@ -12,6 +12,7 @@ from fisher_mask_mergekit.preview.peek import Peeked
 from fisher_mask_mergekit.preview.plan import Output, plan_merge
 from fisher_mask_mergekit.recipe import Recipe
 from fisher_mask_mergekit.sites import name_template
+from fisher_mask_mergekit.weighting import check_parent, check_prior
 
 
 def planned(recipe: Recipe, models: Mapping[str, Peeked]) -> tuple[tuple[Output, ...], list[Finding]]:
@@ -38,6 +39,7 @@ def check_merge(recipe: Recipe, models: Mapping[str, Peeked], outputs: Sequence[
     yield from _unequal(recipe, outputs)
     if recipe.kind is not None:
         yield from _weights(outputs)
+        yield from _prior(outputs)
     if outputs and not missing:
         yield from _losses(recipe, models, outputs)
 
@@ -95,6 +97,21 @@ def _weights(outputs: Sequence[Output]) -> Iterator[Finding]:
             "warning", "weight", f"nothing is merged: every tensor is that of {' or '.join(sorted(alone))} alone",
             "parameters: {weight: 1.0} beside each model that is to count, the base model too",
         )  # fmt: skip
+
+
+def _prior(outputs: Sequence[Output]) -> Iterator[Finding]:
+    """A prior that the merge will refuse."""
+    for output in outputs:
+        prior, normalize = float(output.parameters["prior"]), output.parameters["normalize"]
+        base = next((one for one in output.there if one.is_base), None)
+        try:
+            check_prior(prior, normalize)
+            if prior and len(counted(output)) > 1:
+                weight = None if base is None else base.parameters["weight"]
+                check_parent(prior, base and base.model, weight)
+        except FisherMaskError as error:
+            yield Finding("error", "recipe", str(error), "correct the recipe, or leave prior out")
+            return
 
 
 def _losses(recipe: Recipe, models: Mapping[str, Peeked], outputs: Sequence[Output]) -> Iterator[Finding]:

@@ -79,6 +79,8 @@ def forecast(output: Output, sidecars: Mapping[str, Sidecar | None]) -> Forecast
     scheme = Scheme(**{field.name: output.parameters[field.name] for field in fields(Scheme)})
     fishers = fisher_rows(known, found, len(parts[0][0].shape or ()), scheme)
     weighed = scheme.of(found[0]) if fishers else None
+    if scheme.prior and fishers:  # Of what is added to the parent.
+        fishers = [scheme.prior + fisher for fisher in fishers]
     return Forecast(output, models, shares(weights, fishers), weighed, scheme.values)
 
 
