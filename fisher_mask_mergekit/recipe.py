@@ -71,6 +71,12 @@ class Recipe:
     models: tuple[RecipeModel, ...]
     document: Mapping[str, Any]
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether it merges from its models' parent, which then is the base model."""
+        levels = (level for place in places(dict(self.document), self.path) for level in place)
+        return any((level.get("parameters") or {}).get("prior") for level in levels)
+
 
 def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe.

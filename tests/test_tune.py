@@ -18,11 +18,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fisher_mask_mergekit import data as loading
+from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.evaluation.plan import Options
 from fisher_mask_mergekit.in_memory import merge_in_memory
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.tuning import tune as tuning
-from fisher_mask_mergekit.tuning.coefficients import OCTAVES, Coefficients, read_coefficients
+from fisher_mask_mergekit.tuning.coefficients import OCTAVES, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back
 from fisher_mask_mergekit.tuning.study import Study, Trial, suggest
 from fisher_mask_mergekit.tuning.written import with_coefficients
@@ -796,3 +797,17 @@ def test_an_untouched_normalize_is_not_written_down(tmp_path: Path) -> None:
     text = "merge_method: fisher_mask\nmodels: [{model: a}, {model: b}]\n"
     assert "parameters" not in changed(text, tmp_path, "none")
     assert changed(text, tmp_path)["parameters"] == {"normalize": "model"}
+
+
+def test_a_merge_from_the_parent_is_always_normalized(tmp_path: Path) -> None:
+    path = tmp_path / "some.yml"
+    text = "merge_method: fisher_mask\nmodels: [{model: a}, {model: b}]\nbase_model: c\nparameters: {prior: 1, normalize: %s}\n"
+    path.write_text(text % "tensor")
+    recipe = read_recipe(path)
+    assert normalizations(recipe) == ("model", "layer", "tensor")
+    assert read_coefficients(recipe) == Coefficients({"a": 1.0, "b": 1.0}, "tensor")
+    path.write_text(text % "none")
+    with pytest.raises(
+        RecipeError, match="normalize is 'none'; tune takes one plain name .*: model, layer, tensor"
+    ):
+        read_coefficients(read_recipe(path))

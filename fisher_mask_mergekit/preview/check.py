@@ -12,7 +12,7 @@ from fisher_mask_mergekit.preview.check_sidecars import check_sidecars
 from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output
-from fisher_mask_mergekit.recipe import METHOD, Recipe, places, read_recipe
+from fisher_mask_mergekit.recipe import METHOD, Recipe, read_recipe
 
 
 def check_recipe(path: Path) -> list[Finding]:
@@ -62,7 +62,7 @@ def _settings(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
             "warning", "base model", "the recipe names none: mergekit takes the configuration from an arbitrary input",
             f"base_model: {recipe.models[0].name}",
         )  # fmt: skip
-    for model in () if _has_prior(recipe) else recipe.models:
+    for model in () if recipe.has_prior else recipe.models:
         if model.is_base and model.weight is None and _is_listed(model.name, document):
             yield Finding(
                 "warning", "weight", f"{model.name} is listed, but as the base model it does not count without a weight",
@@ -74,12 +74,6 @@ def _settings(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
                 "warning", "dtype", f"{key} is float16: weights beyond 65504 overflow, those below 6e-8 vanish",
                 f"{key}: bfloat16, or float32",
             )  # fmt: skip
-
-
-def _has_prior(recipe: Recipe) -> bool:
-    """Whether a base model without a weight is the models' parent."""
-    levels = (level for place in places(dict(recipe.document), recipe.path) for level in place)
-    return any((level.get("parameters") or {}).get("prior") for level in levels)
 
 
 def _is_listed(name: str, document: Mapping[str, Any]) -> bool:

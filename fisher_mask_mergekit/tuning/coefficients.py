@@ -113,7 +113,8 @@ def normalizations(recipe: Recipe) -> tuple[str, ...]:
     from fisher_mask_mergekit.parameter_merge import NormalizeParameters
     from fisher_mask_mergekit.weighting import Normalize
 
-    return get_args(Normalize if recipe.kind == "mask" else NormalizeParameters)
+    known = get_args(Normalize if recipe.kind == "mask" else NormalizeParameters)
+    return tuple(one for one in known if not (recipe.has_prior and one == "none"))
 
 
 def starts(own: Coefficients, choices: Sequence[str]) -> list[Coefficients]:
