@@ -214,7 +214,7 @@ def _no_progress(name: str) -> Iterator[tuple[Callable[[int], None], Callable[[A
 def _merge(setting: Bench, group: Sequence[Subject], way: Way) -> Merge:
     """In memory, by mergekit."""
     torch.manual_seed(0)  # For the methods that draw.
-    if way.with_parent:
+    if way.with_parent and not way.measured:
         document = _parent_recipe(setting, group, way)
     else:
         document = yaml.safe_load(draft_recipe([one.model.name for one in group]))
@@ -228,6 +228,8 @@ def _merge(setting: Bench, group: Sequence[Subject], way: Way) -> Merge:
                 part["parameters"]["sidecar"] = str(
                     next(p for n, p in sidecars.items() if _same(n, part["model"]))
                 )
+        if way.with_parent:
+            _put_parent(document, str(_same_head(setting, _parent(setting, way))))
     document |= {"merge_method": way.method, "parameters": dict(way.parameters), "dtype": "float32"}
     encoder, config = merge_in_memory(document, way.name)
     return Merge(way.name, encoder, config=config)
@@ -255,7 +257,7 @@ def sidecar(setting: Bench, subject: Subject, way: Way) -> tuple[Path, Measureme
 
 def sidecar_name(stem: str, settings: FisherSettings) -> str:
     """What a sidecar is to be called: a file, or of the diagonal a folder."""
-    return f"{stem}.safetensors" if settings.kind == "mask" else stem
+    return stem if settings.kind == "diagonal" else f"{stem}.safetensors"
 
 
 def _parent_recipe(setting: Bench, group: Sequence[Subject], way: Way) -> dict[str, Any]:
@@ -263,15 +265,30 @@ def _parent_recipe(setting: Bench, group: Sequence[Subject], way: Way) -> dict[s
 
     So all of them are given one and the same head; the tasks' own are put on afterwards, as for every merge.
     """
-    if setting.parent is None:
-        raise SystemExit(f"{way.name} needs --parent")
+    parent = _parent(setting, way)
     if other := [one.name for one in group if one.task.name != "sequence-classification"]:
         raise SystemExit(f"{way.name} is compared on sequence classifiers only, and {other[0]} is none")
     folders = [_same_head(setting, one.model.name) for one in group]
     return {
-        "base_model": str(_same_head(setting, str(setting.parent))),
+        "base_model": str(_same_head(setting, parent)),
         "models": [{"model": str(folder), "parameters": dict(way.each)} for folder in folders],
     }
+
+
+def _parent(setting: Bench, way: Way) -> str:
+    if setting.parent is None:
+        raise SystemExit(f"{way.name} needs --parent")
+    return str(setting.parent)
+
+
+def _put_parent(document: dict[str, Any], parent: str) -> None:
+    """Make the parent the base model of what is merged, and of nothing that is taken from one model."""
+    if "slices" not in document:
+        document["base_model"] = parent
+        return
+    body = next(one for one in document["slices"] if len(one["sources"]) > 1)
+    body["base_model"] = parent
+    body["sources"].append({"model": parent, "layer_range": body["sources"][0]["layer_range"]})
 
 
 def _same_head(setting: Bench, name: str) -> Path:

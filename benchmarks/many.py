@@ -2,29 +2,40 @@
 
     python benchmarks/many.py RECIPE --work FOLDER --parent FOLDER
 
-merges every combination of the recipe's models in many ways: averaging, ``fisher_mask`` and ``fisher_diagonal`` with each
-``normalize``, and mergekit's own methods that need no data, as their papers recommend them untuned. Writes ``many.json``,
-``many.md`` and ``many.png`` into the work folder.
+merges combinations of the recipe's models in many ways: averaging; ``fisher_mask`` by masks, and by rows and columns of all
+parameters, and ``fisher_diagonal``, without and with the models' parent; and mergekit's own methods that need no data, as
+their papers recommend them untuned. Writes ``many.json``, ``many.md`` and ``many.png`` into the work folder.
 """
 
+import re
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import summary
 from compare import arguments, bench, compare, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ways import AVERAGE, WITHOUT_DATA, diagonal, mask
+from ways import AVERAGE, WITHOUT_DATA, diagonal, factored, from_parent, mask
 
 from fisher_mask_mergekit.evaluation.table import aligned
 
+TENSOR = {"normalize": "tensor"}
+MASK, ALL, DIAGONAL = mask("masks", TENSOR), factored("all", TENSOR), diagonal("diagonal", TENSOR)
 WAYS = (
     AVERAGE,
-    *(mask(f"fisher_mask {kind}", {"normalize": kind}) for kind in ("none", "model", "layer")),
-    *(diagonal(f"fisher_diagonal {kind}", {"normalize": kind}) for kind in ("none", "model")),
-    *WITHOUT_DATA,
+    mask("masks, normalize model", {"normalize": "model"}),
+    mask("columns", {**TENSOR, "nodes": "columns"}),
+    ALL,
+    DIAGONAL,
+    *(from_parent(MASK, prior) for prior in (1, 3)),
+    *(from_parent(ALL, prior) for prior in (1, 3)),
+    from_parent(DIAGONAL, 1),
+    *(
+        way for way in WITHOUT_DATA if way.name not in ("model_stock", "karcher")
+    ),  # Known to gain nothing here.
 )
 
 
@@ -43,14 +54,17 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    styles = {
-        "average": ("black", "-"),
-        "fisher_mask": ("tab:blue", "-"),
-        "fisher_diagonal": ("tab:orange", "-"),
+    colours = {
+        "average": "black",
+        "masks": "tab:blue",
+        "columns": "tab:blue",
+        "all": "tab:green",
+        "diagonal": "tab:orange",
     }
-    markers = iter("osv^<>DPX*d")
+    markers = cycle("osv^<>DPX*d")
     for place, way in enumerate(WAYS):
-        colour, style = styles.get(way.name.split()[0], ("grey", "--"))
+        colour = colours.get(re.split("[ ,]", way.name)[0], "grey")
+        style = "-" if way.with_parent and way.measured else "--" if way.measured else ":"
         means = [found[place].mean for found in by_count.values()]
         axis.plot(list(by_count), means, style, marker=next(markers), color=colour, label=way.name)
     axis.set_xticks(list(by_count))
@@ -64,13 +78,17 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--counts", default="2,3,4,5,6", help="how many models at a time [default: %(default)s]"
+        "--counts",
+        default="2,3,4,5,6",
+        help="how many models at a time; 3:8 draws eight of the combinations of three [default: %(default)s]",
     )
     given = parser.parse_args()
     setting = bench(given)
     records = {}
-    for count in given.counts.split(","):
+    for part in given.counts.split(","):
+        count, _, most = part.partition(":")
         groups = list(combinations(setting.subjects, int(count)))
+        groups = Random(0).sample(groups, min(int(most or len(groups)), len(groups)))
         if groups:
             records[count] = compare(setting, groups, WAYS)
     record = {**setting.facts(), "records": records}

@@ -16,6 +16,7 @@ class Summary:
         median: Of the normalised scores of all tasks in all groups, in per cent of the fine-tuned models' own.
         mean: Likewise.
         worst: The smallest of them.
+        lowest: How far the mean over tasks falls below the first way's, or stays above it, in the group where it does worst.
         above: In how many groups the mean over tasks is above the first way's.
         groups: In how many it was compared.
         better: In how many of them by more than the draw of the rows explains.
@@ -28,6 +29,7 @@ class Summary:
     median: float
     mean: float
     worst: float
+    lowest: float
     above: int
     groups: int
     better: int
@@ -55,6 +57,7 @@ def _summary(name: str, first: str, results: Sequence[Mapping[str, Any]]) -> Sum
         median=float(numpy.median(values)),
         mean=float(values.mean()),
         worst=float(values.min()),
+        lowest=min((one["value"] for one in differences), default=numpy.nan),
         above=sum(one["value"] > 0 for one in differences),
         groups=0 if name == first else len(differences),
         better=sum(one["verdict"] == "better" for one in differences),
@@ -64,15 +67,19 @@ def _summary(name: str, first: str, results: Sequence[Mapping[str, Any]]) -> Sum
 
 def rows(found: Sequence[Summary]) -> list[list[str]]:
     """As a table, its head first."""
-    table = [["merge", "median", "mean", "worst", "above average", "better / tie / worse"]]
+    table = [["merge", "median", "mean", "worst", "least gain", "above average", "better / tie / worse"]]
     for one in found:
         ties = one.groups - one.better - one.worse
-        compared = [f"{one.above} of {one.groups}", f"{one.better} / {ties} / {one.worse}"]
+        compared = [
+            f"{one.lowest:+.1f}",
+            f"{one.above} of {one.groups}",
+            f"{one.better} / {ties} / {one.worse}",
+        ]
         table.append(
             [
                 one.name,
                 *(f"{value:.1f}" for value in (one.median, one.mean, one.worst)),
-                *(compared if one.groups else ["", ""]),
+                *(compared if one.groups else ["", "", ""]),
             ]
         )
     return table

@@ -1,7 +1,7 @@
 """Ways to merge, as recipes say them: which method, with which parameters, and what is measured for it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fisher_mask_mergekit.settings import FisherSettings
@@ -52,9 +52,31 @@ def diagonal(name: str, parameters: Mapping[str, Any] | None = None, **measured:
     return Way(name, "fisher_diagonal", parameters or {}, measured={"kind": "diagonal", **measured})
 
 
+def factored(name: str, parameters: Mapping[str, Any] | None = None, **measured: Any) -> Way:
+    """A merge by the Fisher information of rows and columns of every parameter."""
+    return Way(
+        name, "fisher_mask", {"nodes": "all", **(parameters or {})}, measured={"kind": "factored", **measured}
+    )
+
+
+def from_parent(way: Way, prior: float) -> Way:
+    """The same from the models' common parent, each tensor's Fisher information over its mean."""
+    parameters = {**way.parameters, "normalize": "tensor", "prior": prior}
+    return replace(way, name=f"{way.name}, prior {prior:g}", parameters=parameters, with_parent=True)
+
+
 WITHOUT_DATA = (
     # What their papers recommend where nothing can be tuned. The disjoint mean of TIES is mergekit's `normalize`.
-    Way("task_arithmetic", "task_arithmetic", {"normalize": False}, {"weight": 0.4}, with_parent=True),
+    *(
+        Way(
+            f"task_arithmetic {weight}",
+            "task_arithmetic",
+            {"normalize": False},
+            {"weight": weight},
+            with_parent=True,
+        )
+        for weight in (0.4, 0.7)
+    ),
     Way("ties", "ties", {"normalize": True}, {"weight": 1.0, "density": 0.2}, with_parent=True),
     Way("dare_ties", "dare_ties", {"normalize": True}, {"weight": 1.0, "density": 0.5}, with_parent=True),
     Way("model_stock", "model_stock", with_parent=True),

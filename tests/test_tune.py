@@ -808,6 +808,6 @@ def test_a_merge_from_the_parent_is_always_normalized(tmp_path: Path) -> None:
     assert read_coefficients(recipe) == Coefficients({"a": 1.0, "b": 1.0}, "tensor")
     path.write_text(text % "none")
     with pytest.raises(
-        RecipeError, match="normalize is 'none'; tune takes one plain name .*: model, layer, tensor"
+        RecipeError, match=r"normalize is 'none'; tune takes one plain name .*: model, layer, tensor"
     ):
         read_coefficients(read_recipe(path))
