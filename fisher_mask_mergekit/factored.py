@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fisher_mask_mergekit.diagonal import check_finite, floating
 from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients
+from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.factors import Split
 from fisher_mask_mergekit.marginals import Marginals, row_axes
 from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
@@ -60,6 +61,7 @@ def factored_fisher(
     batches: Iterable[Batch],
     task: Task,
     *,
+    by_token: bool = False,
     labels: Labels = "data",
     seed: int = 0,
     tally: Tally[str] | None = None,
@@ -83,6 +85,8 @@ def factored_fisher(
         model: A model with the task's head. Put in evaluation mode, and left as it was found.
         batches: The samples. An iterator is enough; it is read once.
         task: What the loss is.
+        by_token: Of a linear map's matrix, square every token's gradient by itself instead of a sample's, their sum. It takes
+            less time. Where several runs share the matrix, and of all other parameters, it is the sample's still.
         labels: As in :func:`~fisher_mask_mergekit.fisher.mask_fisher`.
         seed: For ``sampled``.
         tally: What was summed over samples before, to go on from; added to in place.
@@ -93,18 +97,25 @@ def factored_fisher(
         The Fisher information, zero for a parameter that no gradient reaches, and what else was seen.
 
     Raises:
-        MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); or the
-            first sample gives something else by itself than in its batch.
+        MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); the first
+            sample gives something else by itself than in its batch; or, ``by_token``, if samples run one at a time.
 
     Reference: Lee and Seung 1999; arXiv 1804.04235, which factors second moments alike.
     """
     parameters, axes = floating(model), row_axes(model)
     splits = {name: Split.of(parameter.shape, axes[name]) for name, parameter in parameters.items()}
-    summed = Marginals(splits)
+    summed = Marginals(splits, by_token=by_token)
     gradients = DiagonalGradients(model, parameters, summed, tally or Tally())
     gradients.tally.check_shapes({name: split.packed for name, split in splits.items()})
     with frozen(model), gradients.attached():
-        run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch)
+        run_samples(
+            gradients,
+            batches,
+            task,
+            labels=labels,
+            seed=seed,
+            on_batch=_in_batches(on_batch) if by_token else on_batch,
+        )
     tally = settle(gradients.tally)
     if tally.samples == 0:
         raise no_sample()
@@ -117,6 +128,19 @@ def factored_fisher(
         tally.correct / tally.samples,
         tally.one_by_one,
     )
+
+
+def _in_batches(on_batch: Callable[[Batch, Tally[str]], None]) -> Callable[[Batch, Tally[str]], None]:
+    """The same, but an error if samples run one at a time: autograd's gradients then are sums over tokens."""
+
+    def checked(batch: Batch, tally: Tally[str]) -> None:
+        if tally.one_by_one:
+            raise MeasurementError(
+                "not every parameter's gradient can be told apart in a batch, so a token's cannot either; take estimator sample"
+            )
+        on_batch(batch, tally)
+
+    return checked
 
 
 def _means(tally: Tally[str], zeros: Mapping[str, Tensor], splits: Mapping[str, Split]) -> dict[str, Tensor]:

@@ -41,10 +41,13 @@ class Marginals:
 
     Args:
         splits: Of all parameters.
+        by_token: Whether a matrix's squares are those of every token's gradient by itself, :math:`g_t x_t^T`, for which
+            :math:`r_i = \sum_t g_{t,i}^2 |x_t|^2` and :math:`c_j = \sum_t |g_t|^2 x_{t,j}^2`.
     """
 
-    def __init__(self, splits: Mapping[str, Split]) -> None:
+    def __init__(self, splits: Mapping[str, Split], *, by_token: bool = False) -> None:
         self._splits = splits
+        self._marginals = token_marginals if by_token else marginals
 
     def zeros(self, name: str, parameter: Tensor) -> Tensor:
         """Of the factors' shape; in float64, where the device has that."""
@@ -77,9 +80,8 @@ class Marginals:
         wide = torch.promote_types(gradient.dtype, torch.float32)
         for part in _parts(given, back):
             pair = [value.to(wide) for value in _reached(given[part], back[part])]
-            sums = torch.cat(marginals(*(pair if call.kind == "transposed" else pair[::-1])), 1).to(
-                total.dtype
-            )
+            sums = torch.cat(self._marginals(*(pair if call.kind == "transposed" else pair[::-1])), 1)
+            sums = sums.to(total.dtype)
             total[0] += (sums if weight is None else sums * weight[part, None]).sum(0)
 
     def add_rows(
@@ -109,7 +111,7 @@ def _parts(one: Tensor, other: Tensor) -> list[slice]:
 
 def _reached(given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     """Both without the tokens that no gradient reaches: padding, and of a last layer perhaps all but one."""
-    there = back.abs().amax((0, 2)).nonzero().flatten()
+    there = torch.linalg.vector_norm(back, dim=2).amax(0).nonzero().flatten()
     if len(there) == back.shape[1]:
         return given, back
     return given[:, there], back[:, there]
@@ -129,3 +131,10 @@ def marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     rows = ((right @ right.mT) @ left).mul_(left).sum(1)
     columns = ((left @ left.mT) @ right).mul_(right).sum(1)
     return rows.clamp_(min=0), columns.clamp_(min=0)  # What is rounded may fall below.
+
+
+def token_marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the products of the tokens ``[R]`` and ``[C]``, each by itself."""
+    rows, columns = left.square(), right.square()
+    sums = rows.sum(2), columns.sum(2)
+    return (sums[1][:, None] @ rows)[:, 0], (sums[0][:, None] @ columns)[:, 0]

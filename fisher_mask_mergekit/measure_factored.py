@@ -65,6 +65,7 @@ def measure(
         model,
         batches,
         job.task,
+        by_token=settings.estimator == "token",
         labels=settings.labels,
         seed=settings.seed,
         tally=tally,

@@ -18,7 +18,7 @@ TaskName = Literal[
 ]
 Kind = Literal["mask", "factored", "diagonal"]
 Loss = Literal["mean", "sum"]
-Estimator = Literal["sample", "batch"]
+Estimator = Literal["sample", "batch", "token"]
 MaskPlacement = Literal["post", "pre"]
 Labels = Literal["data", "sampled", "exact"]
 RELEASED_BATCH = 32
@@ -57,7 +57,8 @@ class FisherSettings(_Settings):
             at most so many, which only matters for speed and memory.
         share: ``K/N``: only the K-th of N shares of the samples; see :meth:`in_share`.
         estimator: ``sample``, squares of per-sample gradients, mean over samples (eq. 4); or ``batch``,
-            squares of the gradient of each batch's mean loss, summed over batches (the released code).
+            squares of the gradient of each batch's mean loss, summed over batches (the released code). Of kind
+            ``factored`` ``sample``, or ``token``: of a linear map's matrix, squares of each token's gradient.
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
         labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels.
         dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
@@ -126,10 +127,17 @@ class FisherSettings(_Settings):
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
             )
-        if self.kind != "mask" and (self.estimator, self.mask_placement) != ("sample", "post"):
+        known = {"mask": ("sample", "batch"), "factored": ("sample", "token"), "diagonal": ("sample",)}[
+            self.kind
+        ]
+        if self.kind == "mask" and self.estimator not in known:
             raise ValueError(
-                f"kind '{self.kind}' squares every sample's gradients and has no masks; it takes estimator sample and "
-                "mask_placement post"
+                f"estimator '{self.estimator}' is about matrices; kind 'mask' takes {' or '.join(known)}"
+            )
+        if self.estimator not in known or (self.kind != "mask" and self.mask_placement != "post"):
+            raise ValueError(
+                f"kind '{self.kind}' squares every sample's gradients and has no masks; it takes estimator "
+                f"{' or '.join(known)} and mask_placement post"
             )
         return self
 

@@ -1,6 +1,7 @@
 """Means of rows and columns of the Fisher information against their definition: the full diagonal, made by autograd."""
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -185,3 +186,47 @@ def test_no_sample_and_a_gradient_that_is_not_finite_are_errors() -> None:
         model.classifier.weight.mul_(1e30)
     with pytest.raises(MeasurementError, match=r"the gradient of bert\.\S+ at \[.*\] is not finite"):
         measure(model)
+
+
+def naive_tokens(model: nn.Module, count: int = 7) -> dict[str, Tensor]:
+    """Of every linear module's matrix, the mean over samples of the sum over tokens of the squares of each token's gradient."""
+    sums: dict[str, Tensor] = {}
+    given: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        given[module] = args[0].detach()
+
+    def add(path: str, module: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        squares = (outputs[0][..., None] * given[module][..., None, :]).square()
+        sums[path] = sums.get(path, torch.zeros(())) + squares.flatten(0, -3).sum(0)
+
+    for path, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(keep)
+            part.register_full_backward_hook(partial(add, path))
+    for batch in tiny.batches(tiny.samples(count), 1):
+        tiny.TASK.likelihood(model, batch).losses().sum().backward()
+    return {f"{path}.weight": total / count for path, total in sums.items()}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_by_token_a_matrixs_squares_are_each_tokens(architecture: str) -> None:
+    model = tiny.classifier(architecture).double()
+    got = measure(model, by_token=True).fisher
+    wanted = naive(model) | naive_factors(naive_tokens(deepcopy(model)), model)
+    assert_same(got, wanted)
+    assert_same(measure(model, by_token=True, size=7, labels="data").fisher, wanted)
+
+
+def test_by_token_where_several_runs_share_a_matrix_or_samples_run_one_at_a_time() -> None:
+    model = build(family_named("albert")).double()
+    samples = list(batches(family_named("albert"), (3, 2)))
+    shared = factored_fisher(model, samples, TASK, by_token=True).fisher
+    plain = factored_fisher(model, samples, TASK).fisher
+    ends = ("query.weight", "dense.bias", "word_embeddings.weight")
+    assert_same(
+        {n: v for n, v in shared.items() if n.endswith(ends)},
+        {n: v for n, v in plain.items() if n.endswith(ends)},
+    )
+    with pytest.raises(MeasurementError, match="a token's cannot either; take estimator sample"):
+        measure(_Bare(tiny.classifier("bert")), by_token=True)

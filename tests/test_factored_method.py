@@ -220,6 +220,22 @@ def test_the_other_commands_say_what_they_do_with_it(tmp_path: Path, models: lis
         read(file)
     refused = run("compute", models[0], "--data", data, "--kind", "factored", "--estimator", "batch", code=1)
     assert "kind 'factored' squares every sample's gradients" in refused.stderr
+    assert "it takes estimator sample or token and mask_placement post" in refused.stderr
+    refused = run("compute", models[0], "--data", data, "--estimator", "token", code=1)
+    assert "estimator 'token' is about matrices; kind 'mask' takes sample or batch" in refused.stderr
+    run(
+        "compute",
+        models[0],
+        "--data",
+        data,
+        "--kind",
+        "factored",
+        "--estimator",
+        "token",
+        "--out",
+        tmp_path / "t.safetensors",
+    )
+    assert read_factored(tmp_path / "t.safetensors").metadata.settings.estimator == "token"
     refused = run("compute", models[0], "--data", data, "--kind", "factored", "--dtype", "float16", code=1)
     assert "kind 'factored' squares gradients before it is known whether a batch overflows" in refused.stderr
     refused = run("compute", models[0], "--data", data, "--kind", "factored", "--recompute", code=1)

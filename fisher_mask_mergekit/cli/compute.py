@@ -86,9 +86,10 @@ def compute(
         ),
     ] = None,
     estimator: Annotated[
-        Literal["sample", "batch"] | None,
+        Literal["sample", "batch", "token"] | None,
         typer.Option(
-            help="Squared per-sample gradients, or the released code's squared batch gradients. [default: sample]"
+            help="Squared per-sample gradients; the released code's squared batch gradients; or, of kind factored, per-token "
+            "ones, which take less time. [default: sample]"
         ),
     ] = None,
     share: Annotated[
