@@ -1,8 +1,10 @@
 """From `init` to per-task checkpoints through the real commands, every tensor compared with a merge by hand."""
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from mergekit.scripts import run_yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fisher_mask_mergekit.cli import app
+from fisher_mask_mergekit.draft import draft_recipe
+from fisher_mask_mergekit.errors import CheckpointError
 from tests import commands, tiny
 
 
@@ -161,6 +165,54 @@ def test_heads_refuses_what_it_cannot_do(
     assert "wider is not a merge of" in result
     assert "expected (48,), got (64,)" in result
     assert not (work / "new").exists()
+
+
+def test_two_classifiers_with_different_heads_from_their_parent(tmp_path: Path) -> None:
+    work, two, three = two_classifiers(tmp_path)
+    config = AutoModelForSequenceClassification.from_pretrained(two).config
+    AutoModelForMaskedLM.from_config(config).save_pretrained(work / "masked")
+    given = ["two", "three", "--data", "two.jsonl", "--data", "three.jsonl", "--parent"]
+    refused = command("mergekit-fisher", "init", *given, "masked", cwd=work, code=1).stderr
+    assert (
+        "masked is a BertForMaskedLM, the checkpoints are BertForSequenceClassification, and mergekit merges"
+        in refused
+    )
+    (advised,) = (line for line in refused.splitlines() if line.startswith("  python"))
+    subprocess.run([sys.executable, *shlex.split(advised)[1:]], cwd=work, check=True, capture_output=True)
+    recipe = command(
+        "mergekit-fisher", "init", *given, "masked-as-BertForSequenceClassification", cwd=work
+    ).stdout
+    (work / "recipe.yml").write_text(recipe)
+    command("mergekit-fisher", "compute", "recipe.yml", cwd=work)
+    assert command("mergekit-fisher", "check", "recipe.yml", cwd=work).stdout == "ok\n"
+    command("mergekit-yaml", "recipe.yml", "merged", cwd=work)
+    merged, start = weights_of(work / "merged"), weights_of(work / "masked")
+    own = [weights_of(folder) for folder in (two, three)]
+    name = "bert.encoder.layer.1.attention.self.value.weight"  # All count alike: 2/3 of both changes.
+    assert_close(merged[name], start[name] + (own[0][name] + own[1][name] - 2 * start[name]) * 2 / 3)
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    alike = start[name] + (own[0][name] + own[1][name] - 2 * start[name]) * 2 / 3
+    assert float((merged[name] - alike).abs().max()) > 1e-4
+    assert_close(merged["classifier.weight"], own[0]["classifier.weight"], rtol=0, atol=0)
+    written = command("mergekit-fisher", "heads", "recipe.yml", "merged", "tasks", cwd=work).stdout.split()
+    assert written == ["tasks/two", "tasks/three"]
+
+
+def test_a_parent_must_have_what_the_models_have(tmp_path: Path) -> None:
+    one = tiny.checkpoint(tmp_path / "one")
+    two = tiny.sibling(tmp_path / "two", one, seed=1)
+    recipe = yaml.safe_load(
+        draft_recipe([str(one), str(two)], parent=str(tiny.sibling(tmp_path / "parent", one, seed=2)))
+    )
+    (body,) = recipe["slices"]
+    assert [source["model"] for source in body["sources"]] == [str(one), str(two), body["base_model"]]
+    assert recipe["parameters"] == {"normalize": "tensor", "prior": 1}
+    other = AutoModelForSequenceClassification.from_config(tiny.config_of("bert", hidden_size=64))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        CheckpointError, match=r"other is no parent of these checkpoints: .* is \[.*32\], there \[.*64\]"
+    ):
+        draft_recipe([str(one), str(two)], parent=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "bert"])

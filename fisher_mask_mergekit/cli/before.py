@@ -19,12 +19,18 @@ def init(
         list[str] | None,
         typer.Option(help="What to measure a checkpoint on; repeat it, in the checkpoints' order."),
     ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="What all of them were fine-tuned from: add up what they changed of it."
+        ),
+    ] = None,
 ) -> None:
     """Print a recipe that merges the given checkpoints, also where their heads differ."""
     with errors():
         from fisher_mask_mergekit.draft import draft_recipe
 
-        print(draft_recipe(models, data or ()), end="")
+        print(draft_recipe(models, data or (), parent), end="")
 
 
 def sites(
