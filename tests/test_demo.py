@@ -34,7 +34,7 @@ TINY = Sizes(
     train_rows=192,
     held_out_rows=120,
 )
-MERGES = ("average", "fisher_mask", "normalized")
+MERGES = ("average", "fisher_mask", "from_parent")
 LABELS = {"banking77": 20, "clinc150": 30}
 
 
@@ -99,7 +99,7 @@ def test_scores_are_shown_and_written(told: Told) -> None:
     assert record["merges"] == list(MERGES)
     assert [(one["merge"], one["minus"]) for one in record["differences"]] == [
         ("fisher_mask", "average"),
-        ("normalized", "average"),
+        ("from_parent", "average"),
     ]
     assert [(task["task"], task["rows"], task["data"]) for task in record["tasks"]] == [
         (task, 120, str(told.out / "data" / f"{task}_held_out.jsonl")) for task in TASKS

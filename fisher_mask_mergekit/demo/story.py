@@ -11,16 +11,15 @@ from pathlib import Path
 
 from fisher_mask_mergekit.demo.commands import run_command, spell
 from fisher_mask_mergekit.demo.sizes import SEED, Sizes
-from fisher_mask_mergekit.demo.training import Rows, fine_tune, pretrain, train_tokenizer
+from fisher_mask_mergekit.demo.training import Rows, fine_tune, pretrain, save_as_classifier, train_tokenizer
 from fisher_mask_mergekit.draft import draft_recipe
 from fisher_mask_mergekit.recipe import METHOD
 
 TASKS = ("banking77", "clinc150")
 # The first is what the others are compared with.
-_RECIPES = {"average": "average.yml", "fisher_mask": "recipe.yml", "normalized": "normalized.yml"}
+_RECIPES = {"average": "average.yml", "fisher_mask": "recipe.yml", "from_parent": "from_parent.yml"}
 # What is evaluated on lies beside what was trained on. The pattern means the same to Python and to `sed -E`.
 _TRAIN, _AND_HELD_OUT = r'"(.*)_train\.jsonl"', r', eval: "\1_held_out.jsonl"'
-_ALIKE = "parameters: {normalize: model}"
 Say = Callable[[str], None]
 
 
@@ -82,6 +81,10 @@ def _train(out: Path, tasks: list[_Task], say: Say, sizes: Sizes) -> None:
     started = time.perf_counter()
     first, last = pretrain(texts, tokenizer, sizes, parent)
     say(f"    {parent}: masked-LM loss {first:.2f} to {last:.2f}, {time.perf_counter() - started:.0f} s")
+    save_as_classifier(parent, out / "parent")
+    say(
+        f"    {out / 'parent'}: the same as a classifier, with a head that is not used: mergekit merges models of one class"
+    )
     for task in tasks:
         folder = out / "models" / task.name
         started = time.perf_counter()
@@ -90,23 +93,29 @@ def _train(out: Path, tasks: list[_Task], say: Say, sizes: Sizes) -> None:
 
 
 def _draft(out: Path, say: Say) -> None:
-    """The recipe, the same one for plain averaging, and one that lets each model count alike."""
+    """The recipe, the same one for plain averaging, and one that adds up what the models changed of their parent."""
     models = [str(out / "models" / name) for name in TASKS]
     data = [str(out / "data" / f"{name}_train.jsonl") for name in TASKS]
     options = [word for file in data for word in ("--data", file)]
-    recipe, average, normalized = (out / _RECIPES[name] for name in ("fisher_mask", "average", "normalized"))
+    recipe, average, summed = (out / _RECIPES[name] for name in ("fisher_mask", "average", "from_parent"))
     method, plain = f"merge_method: {METHOD}", "merge_method: linear"
     say(
-        "[3/6] Write the recipe, a second one that only averages, and a third that lets each model count alike."
+        "[3/6] Write the recipe, a second one that only averages, and a third that adds up what the models changed of their "
+        "parent, as far as the Fisher information lets them."
     )
     init = ["mergekit-fisher", "init", *models, *options]
-    say(spell(init, ["sed", "-E", f"s/{_TRAIN}/&{_AND_HELD_OUT}/"], to=recipe))
+    held_out = ["sed", "-E", f"s/{_TRAIN}/&{_AND_HELD_OUT}/"]
+    parent = str(out / "parent")
+    say(spell(init, held_out, to=recipe))
     say(spell(["sed", f"s/{method}/{plain}/", str(recipe)], to=average))
-    say(spell(["sed", f"$a {_ALIKE}", str(recipe)], to=normalized))
-    text = re.sub(_TRAIN, rf"\g<0>{_AND_HELD_OUT}", draft_recipe(models, data))
+    say(spell([*init, "--parent", parent], held_out, to=summed))
+    text, from_parent = (
+        re.sub(_TRAIN, rf"\g<0>{_AND_HELD_OUT}", draft_recipe(models, data, given))
+        for given in (None, parent)
+    )
     recipe.write_text(text, encoding="utf-8")
     average.write_text(text.replace(method, plain), encoding="utf-8")
-    normalized.write_text(f"{text}{_ALIKE}\n", encoding="utf-8")
+    summed.write_text(from_parent, encoding="utf-8")
 
 
 def _measure(out: Path, say: Say) -> None:
@@ -151,9 +160,9 @@ def _where(out: Path) -> str:
         "report.html": "a page with the scores, side by side",
         "fisher.html": "a page with each model's Fisher information and its share of every layer",
         "fisher.png": "the Fisher information of each model's mask nodes",
-        "recipe.yml, average.yml, normalized.yml": "the recipes",
+        "recipe.yml, average.yml, from_parent.yml": "the recipes",
         "data/": "the bundled rows; the package's NOTICE names their authors and licences",
-        "pretrained/, models/": "the parent; the fine-tuned models, each with its sidecar in fisher/",
+        "pretrained/, parent/, models/": "the parent, twice; the fine-tuned models, each with its sidecar in fisher/",
         "merged/": "what mergekit wrote",
         "tasks/": "a complete checkpoint per merge and task",
     }

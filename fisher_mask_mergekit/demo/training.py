@@ -125,6 +125,12 @@ def pretrain(texts: Sequence[str], tokenizer: Any, sizes: Sizes, folder: Path) -
     return losses[0], losses[-1]
 
 
+def save_as_classifier(parent: Path, folder: Path) -> None:
+    """Write the pretrained BERT as a model of the class of those that are fine-tuned from it."""
+    torch.manual_seed(SEED)
+    transformers.BertForSequenceClassification.from_pretrained(parent).save_pretrained(folder)
+
+
 def fine_tune(rows: Rows, labels: Sequence[str], parent: Path, sizes: Sizes, folder: Path) -> None:
     """Fine-tune the pretrained BERT into a classifier of the given labels, and write it.
 
