@@ -45,7 +45,8 @@ def draft_recipe(names: Sequence[str], data: Sequence[str] = (), parent: str | N
     checkpoints = [locate(name) for name in names]
     # mergekit looks a relative path up on the hub when it writes the model card, and fails offline.
     names = [store.absolute(name) for name in names]
-    if len(set(names)) != len(names):
+    parent = None if parent is None else store.absolute(parent)
+    if len({*names, parent}) != len(names) + 1:
         raise RecipeError("a checkpoint is named twice")
     shapes = [tensor_shapes(checkpoint) for checkpoint in checkpoints]
     unequal = _unequal(shapes)
@@ -55,8 +56,11 @@ def draft_recipe(names: Sequence[str], data: Sequence[str] = (), parent: str | N
     ]
     if parent is None:
         return _slices_recipe(entries, checkpoints, shapes, unequal) if unequal else _models_recipe(entries)
-    unequal += [name for name in _unlike_parent(parent, checkpoints[0], shapes[0]) if name not in unequal]
-    return _slices_recipe(entries, checkpoints, shapes, unequal, store.absolute(parent))
+    unlike = _unlike_parent(parent, checkpoints[0], shapes[0])
+    if not _class_of(checkpoints[0]).endswith(_LANGUAGE):  # A parent's head for a task is none.
+        unlike += [name for name in shapes[0] if is_head(name)]
+    unequal += [name for name in dict.fromkeys(unlike) if name not in unequal]
+    return _slices_recipe(entries, checkpoints, shapes, unequal, parent)
 
 
 def _unequal(shapes: Sequence[Shapes]) -> list[str]:
@@ -69,7 +73,8 @@ def _unlike_parent(parent: str, first: Checkpoint, shapes: Shapes) -> list[str]:
     found = locate(parent)
     kind, own = (_class_of(one) for one in (first, found))
     if kind != own:  # mergekit then takes the architecture of any of them.
-        places = json.dumps(parent), json.dumps(f"{found.folder.name}-as-{kind}")
+        out = f"{Path(parent).resolve().name}-as-{kind}"
+        places = [json.dumps(one, ensure_ascii=False) for one in (parent, out)]
         code = f"from transformers import {kind} as M; M.from_pretrained({places[0]}).save_pretrained({places[1]})"
         raise CheckpointError(
             f"{parent} is a {own}, the checkpoints are {kind}, and mergekit merges models of one class. Save it once as theirs, "
@@ -157,13 +162,15 @@ def _slices_recipe(
         f"base_model: {first}  # whose configuration and tokenizer the merge gets",
         "slices:",
         *(empty + full if inferred else full + empty),
-        *([_FROM_PARENT] if parent is not None else []),
+        *([_FROM_PARENT.format(1 if len(entries) < _MANY else 3)] if parent is not None else []),
         *_DEFAULTS,
     ]
     return "\n".join([*lines, ""])
 
 
-_FROM_PARENT = "parameters: {normalize: tensor, prior: 1}  # docs/choosing.md says how much"
+_FROM_PARENT = "parameters: {{normalize: tensor, prior: {}}}  # docs/choosing.md says how much"
+_MANY = 5
+_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 _DEFAULTS = ["fisher: {samples: 128, seed: 0}", "dtype: float32"]
 
 

@@ -70,7 +70,8 @@ def merge_parameters(
     check_prior(prior, normalize)
     if isinstance(inputs, Tensor):
         return inputs
-    start = prior_of(group, weight, prior)
+    if group.base is not None:
+        prior_of(group, weight, prior)
     found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     sidecars = [known for known in found if known is not None]
@@ -81,10 +82,11 @@ def merge_parameters(
         if known is not None
     ]
     parameters = [record for record in records if record is not None]
+    if sidecars and not parameters:
+        return merge_rows(tensors, weights)
+    start = prior_of(group, weight, prior)
     if len(sidecars) < len(inputs):
         return merge_rows(tensors, weights, prior=start)
-    if not parameters:
-        return merge_rows(tensors, weights)
     if len(parameters) < len(records):
         raise SidecarMismatchError("it is a parameter of one model, and none of another")
     scales = [_scale(known, one, normalize) for known, one in zip(sidecars, parameters, strict=True)]

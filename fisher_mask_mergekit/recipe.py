@@ -74,7 +74,7 @@ class Recipe:
     @property
     def has_prior(self) -> bool:
         """Whether it merges from its models' parent, which then is the base model."""
-        levels = (level for place in places(dict(self.document), self.path) for level in place)
+        levels = (level for place in places(dict(self.document), self.path) for level in place[:-1])
         return any((level.get("parameters") or {}).get("prior") for level in levels)
 
 
@@ -106,7 +106,10 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         )
     if not found:
         raise RecipeError(f"{path} names no models")
-    bases = [base, *(level.get("base_model") for levels in places(document, path) for level in levels)]
+    levels = (level for place in places(document, path) for level in place)
+    bases = {base} | {
+        _checked(name, path) for level in levels if isinstance(name := level.get("base_model"), str)
+    }
     return Recipe(
         path,
         document["merge_method"],

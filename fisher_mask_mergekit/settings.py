@@ -136,7 +136,7 @@ class FisherSettings(_Settings):
             )
         if self.estimator not in known or (self.kind != "mask" and self.mask_placement != "post"):
             raise ValueError(
-                f"kind '{self.kind}' squares every sample's gradients and has no masks; it takes estimator "
+                f"kind '{self.kind}' has no masks, and squares no batch's gradients; it takes estimator "
                 f"{' or '.join(known)} and mask_placement post"
             )
         return self

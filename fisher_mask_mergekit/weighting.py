@@ -79,19 +79,27 @@ class Prior:
     parent: Tensor
 
 
-def check_prior(prior: float, normalize: str) -> None:
-    """Refuse a prior that cannot be.
+def check_prior(given: object, normalize: str) -> float:
+    """A recipe's prior, if it can be one.
 
     Raises:
         RecipeError: If it is no number of 0 or more, or nothing gives it a scale.
     """
+    try:
+        prior = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        prior = math.nan
     if not 0 <= prior < math.inf:
-        raise RecipeError(f"prior is {prior}; expected a number of 0 or more")
+        raise RecipeError(f"prior is {given}; expected a number of 0 or more")
     if prior and normalize == "none":
         raise RecipeError(
             f"prior: {prior} counts in means of each model's Fisher information, so it needs "
             "normalize: tensor (or another that is not none)"
         )
+    return prior
+
+
+_OF_A_SLICE = "in a recipe of slices as base_model of the slice, and as one of its sources"
 
 
 def check_parent(prior: float, base: Hashable | None, weight: float | None) -> None:
@@ -107,14 +115,13 @@ def check_parent(prior: float, base: Hashable | None, weight: float | None) -> N
     """
     if base is None:
         raise RecipeError(
-            f"prior: {prior} needs what the models were fine-tuned from: give it as base_model (in a recipe of "
-            "slices as base_model of the slice, and as one of its sources)"
+            f"prior: {prior} needs what the models were fine-tuned from, with this tensor: give it as base_model "
+            f"({_OF_A_SLICE})"
         )
     if weight:
         raise RecipeError(
             f"base_model {base} has a weight; with prior it is what the models were fine-tuned from, and none of those "
-            "that are merged: leave its weight out, or name their parent (in a recipe of slices as base_model of the "
-            "slice, and as one of its sources)"
+            f"that are merged: leave its weight out, or name their parent ({_OF_A_SLICE})"
         )
 
 
@@ -191,8 +198,7 @@ def steps(weights: Sequence[float], fishers: Sequence[Tensor] | None, precision:
 
     It is the mean of the product of what fine-tuning on each task knows of the weights, a normal distribution around
     :math:`\theta_j` with precision :math:`\kappa + F_j`, of which the parent's own, with precision :math:`\kappa`, is
-    counted once. One model alone is taken as it is; with :math:`\kappa \to 0` they sum to 1, as :func:`shares` do, and
-    with :math:`\kappa \to \infty` all changes are added up.
+    counted once. One model alone is taken as it is. Where all F are 0, all changes are added up.
 
     Args:
         weights: As :func:`shares` takes them: only their ratios count, :math:`\lambda` has the mean 1.

@@ -320,7 +320,10 @@ def test_where_it_goes(
 @pytest.mark.parametrize("option", [("--estimator", "batch"), ("--mask-placement", "pre")])
 def test_settings_of_masks_are_refused(models: list[Path], data: Path, option: tuple[str, str]) -> None:
     result = run("compute", models[0], "--data", data, "--kind", "diagonal", *option, code=1)
-    assert "kind 'diagonal' squares every sample's gradients and has no masks" in result.stderr
+    assert (
+        "kind 'diagonal' has no masks, and squares no batch's gradients; it takes estimator sample and mask_placement post"
+        in result.stderr
+    )
 
 
 def test_a_recipe_from_data_to_merge(

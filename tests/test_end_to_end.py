@@ -21,7 +21,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.draft import draft_recipe
-from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from tests import commands, tiny
 
 
@@ -204,9 +204,14 @@ def test_a_parent_must_have_what_the_models_have(tmp_path: Path) -> None:
     recipe = yaml.safe_load(
         draft_recipe([str(one), str(two)], parent=str(tiny.sibling(tmp_path / "parent", one, seed=2)))
     )
-    (body,) = recipe["slices"]
+    body, head = recipe["slices"]  # Heads of like shape, and none of them the parent's.
+    assert [source["model"] for source in head["sources"]] == [str(one)]
     assert [source["model"] for source in body["sources"]] == [str(one), str(two), body["base_model"]]
     assert recipe["parameters"] == {"normalize": "tensor", "prior": 1}
+    with pytest.raises(RecipeError, match="a checkpoint is named twice"):
+        draft_recipe([str(one), str(two)], parent=str(two))
+    many = [str(tiny.sibling(tmp_path / f"{seed}", one, seed)) for seed in range(5)]
+    assert yaml.safe_load(draft_recipe(many, parent=str(two)))["parameters"]["prior"] == 3
     other = AutoModelForSequenceClassification.from_config(tiny.config_of("bert", hidden_size=64))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(

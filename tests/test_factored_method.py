@@ -219,7 +219,7 @@ def test_the_other_commands_say_what_they_do_with_it(tmp_path: Path, models: lis
     with pytest.raises(SidecarError, match="is a sidecar of rows and columns, which fisher_mask takes with"):
         read(file)
     refused = run("compute", models[0], "--data", data, "--kind", "factored", "--estimator", "batch", code=1)
-    assert "kind 'factored' squares every sample's gradients" in refused.stderr
+    assert "kind 'factored' has no masks, and squares no batch's gradients" in refused.stderr
     assert "it takes estimator sample or token and mask_placement post" in refused.stderr
     refused = run("compute", models[0], "--data", data, "--estimator", "token", code=1)
     assert "estimator 'token' is about matrices; kind 'mask' takes sample or batch" in refused.stderr

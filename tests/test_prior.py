@@ -11,7 +11,9 @@ from mergekit.merge_methods import merge_state_dicts
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
+from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.merging import MergeError
 from fisher_mask_mergekit.weighting import merge_rows, steps
 from tests import tiny
@@ -170,7 +172,8 @@ def test_what_cannot_be_is_one_error(models: Descendants, given: dict[str, Any],
 
 def test_it_needs_a_parent(models: Descendants) -> None:
     with pytest.raises(
-        MergeError, match=r"prior: 1\.0 needs what the models were fine-tuned from: give it as base_model"
+        MergeError,
+        match=r"prior: 1\.0 needs what the models were fine-tuned from, with this tensor: give it as base_model",
     ):
         models.inputs.merge(prior=1.0, normalize="tensor", **models.parameters)
 
@@ -235,3 +238,39 @@ def test_a_parent_in_a_recipe_of_slices(tmp_path: Path) -> None:
     found = merged[name] - start
     assert bool((found.abs() <= changes.abs().sum(0) + 1e-6).all())
     assert float((found - changes.mean(0)).norm()) > 0.1 * float(found.norm())
+
+
+@pytest.mark.parametrize(("changed", "says"), [
+    ({"parameters": {"prior": "much", "normalize": "tensor"}}, "prior: Input should be a valid number"),
+    ({"parameters": {"prior": 1}}, "so it needs normalize: tensor"),
+    ({"base_model": None}, "prior: 1.0 needs what the models were fine-tuned from"),
+    ({"fisher": {"data": "data.jsonl"}}, "is listed, but as the base model it does not count without a weight"),
+])  # fmt: skip
+def test_check_says_what_the_merge_would(
+    tmp_path: Path, changed: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = tiny.checkpoint(tmp_path / "one")
+    models = [
+        one,
+        tiny.sibling(tmp_path / "two", one, seed=1),
+        tiny.sibling(tmp_path / "parent", one, seed=2),
+    ]
+    parameters = {"prior": "1", "normalize": "tensor"}
+    recipe = write_recipe(
+        tmp_path,
+        models,
+        tiny.write_data(tmp_path / "data.jsonl"),
+        "fisher_mask",
+        base_model=str(models[2]),
+        parameters=parameters,
+    )
+    document = yaml.safe_load(recipe.read_text())
+    document["models"][2] = {"model": str(models[2])}
+    recipe.write_text(yaml.safe_dump(document))
+    run("compute", recipe)
+    assert run("check", recipe).stdout == "ok\n"
+    run("inspect", recipe)
+    recipe.write_text(yaml.safe_dump({key: value for key, value in {**document, **changed}.items() if value}))
+    result = CliRunner().invoke(app, ["check", str(recipe)])
+    assert says in " ".join(result.output.split())

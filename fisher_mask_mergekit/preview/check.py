@@ -62,8 +62,9 @@ def _settings(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
             "warning", "base model", "the recipe names none: mergekit takes the configuration from an arbitrary input",
             f"base_model: {recipe.models[0].name}",
         )  # fmt: skip
-    for model in () if recipe.has_prior else recipe.models:
-        if model.is_base and model.weight is None and _is_listed(model.name, document):
+    for model in recipe.models:
+        is_parent = recipe.has_prior and model.settings is None
+        if model.is_base and model.weight is None and _is_listed(model.name, document) and not is_parent:
             yield Finding(
                 "warning", "weight", f"{model.name} is listed, but as the base model it does not count without a weight",
                 "parameters: {weight: 1.0} beside it",

@@ -69,7 +69,11 @@ def _unequal(recipe: Recipe, outputs: Sequence[Output]) -> Iterator[Finding]:
             kind = "vocabulary" if axis is not None else "heads" if is_head(output.name) else "shapes"
             each = ", ".join(f"{list(one.shape or ())} in {one.model}" for one in output.there)
             unequal.setdefault(kind, []).append(f"{output.name} is {each}")
-    names = " ".join(shlex.quote(model.name) for model in recipe.models)
+    names = " ".join(shlex.quote(model.name) for model in recipe.models if model.is_merged)
+    if recipe.has_prior:
+        names += "".join(
+            f" --parent {shlex.quote(model.name)}" for model in recipe.models if not model.is_merged
+        )
     remedies = {
         "vocabulary": "let mergekit align the vocabularies:  tokenizer: {source: base}",
         "heads": f"write a recipe that takes the head from one model:  mergekit-fisher init {names}",
@@ -102,10 +106,9 @@ def _weights(outputs: Sequence[Output]) -> Iterator[Finding]:
 def _prior(outputs: Sequence[Output]) -> Iterator[Finding]:
     """A prior that the merge will refuse."""
     for output in outputs:
-        prior, normalize = float(output.parameters["prior"]), output.parameters["normalize"]
         base = next((one for one in output.there if one.is_base), None)
         try:
-            check_prior(prior, normalize)
+            prior = check_prior(output.parameters["prior"], output.parameters["normalize"])
             if prior and len(counted(output)) > 1:
                 weight = None if base is None else base.parameters["weight"]
                 check_parent(prior, base and base.model, weight)

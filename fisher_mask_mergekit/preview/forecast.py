@@ -10,7 +10,7 @@ from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
 from fisher_mask_mergekit.preview.plan import Input, Output
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import row_fisher
-from fisher_mask_mergekit.weighting import Found, Scheme, counted_weight, fisher_rows, shares
+from fisher_mask_mergekit.weighting import Found, Scheme, check_prior, counted_weight, fisher_rows, shares
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def forecast(output: Output, sidecars: Mapping[str, Sidecar | None]) -> Forecast
         None if sidecar is None else _found(sidecar, one)
         for sidecar, (one, _) in zip(known, parts, strict=True)
     ]
-    scheme = Scheme(**{field.name: output.parameters[field.name] for field in fields(Scheme)})
+    given = {field.name: output.parameters[field.name] for field in fields(Scheme)}
+    scheme = Scheme(**given | {"prior": check_prior(given["prior"], given["normalize"])})
     fishers = fisher_rows(known, found, len(parts[0][0].shape or ()), scheme)
     weighed = scheme.of(found[0]) if fishers else None
     if scheme.prior and fishers:  # Of what is added to the parent.
