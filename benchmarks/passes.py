@@ -61,9 +61,9 @@ def diagonal(work: Workload, labels: Labels = "data") -> DiagonalFisher:
     return diagonal_fisher(work.model, work.batches, work.task, labels=labels)
 
 
-def factored(work: Workload) -> FactoredFisher:
+def factored(work: Workload, *, by_token: bool = False) -> FactoredFisher:
     """What ``compute --kind factored`` measures."""
-    return factored_fisher(work.model, work.batches, work.task)
+    return factored_fisher(work.model, work.batches, work.task, by_token=by_token)
 
 
 def lower_bound(work: Workload) -> None:
@@ -160,6 +160,7 @@ def time_ways(work: Workload, repeats: int) -> dict[str, Timed]:
         "lower_bound": Timed(partial(lower_bound, work), repeats),
         "unchecked": Timed(partial(unchecked, work), repeats),
         "factored": Timed(partial(factored, work), repeats),
+        "by_token": Timed(partial(factored, work, by_token=True), repeats),
         "recompute": Timed(partial(recompute, work), repeats),
         "batch_gradients": Timed(partial(batch_gradients, work), repeats),
         "explicit_masks": Timed(partial(explicit_masks, few.one_by_one()), SLOW_REPEATS, _share(few, work)),

@@ -92,6 +92,8 @@ def pre_pass_rows(timed: Mapping[str, Any]) -> list[Row]:
         ("recompute_over_lower_bound", "--recompute / lower bound, time", "recompute", "lower_bound", 1.5),
         ("factored_over_pre_pass", "kind factored / pre-pass, time", "factored", "pre_pass", 1.15),
         ("factored_over_lower_bound", "kind factored / lower bound, time", "factored", "lower_bound", 1.2),
+        ("by_token_over_pre_pass", "kind factored, estimator token / pre-pass, time", "by_token", "pre_pass", 1.15),
+        ("by_token_over_lower_bound", "kind factored, estimator token / lower bound, time", "by_token", "lower_bound", 1.2),
         ("pre_pass_over_batch_gradients", "pre-pass / estimator batch, time", "pre_pass", "batch_gradients", 1.0),
     ):  # fmt: skip
         top, bottom = timed["seconds"][way], timed["seconds"][other]

@@ -18,6 +18,8 @@ ROWS = {
     "recompute_over_lower_bound",
     "pre_pass_over_batch_gradients",
     "unchecked_over_lower_bound",
+    "by_token_over_pre_pass",
+    "by_token_over_lower_bound",
     "recompute_memory_beyond_model_over_lower_bound",
     "factored_over_pre_pass",
     "factored_over_lower_bound",

@@ -37,10 +37,7 @@ def check_recipe(path: Path) -> list[Finding]:
             models[model.name] = peek(model.name)
         except CheckpointError as error:
             findings.append(Finding("error", "checkpoint", str(error), f"correct the name in {path}"))
-    merged = {
-        model.name for model in recipe.models if model.is_merged or model.name == document.get("base_model")
-    }
-    findings += _classes({name: peeked for name, peeked in models.items() if name in merged})
+    findings += _classes(models)
     outputs: tuple[Output, ...] = ()
     if len(models) == len(recipe.models):
         outputs, found = planned(recipe, models)
