@@ -93,7 +93,8 @@ def merge_parameters(
     given = weights if start is None else relative(weights).tolist()
     coefficients = [one / (scale or 1.0) for one, scale in zip(given, scales, strict=True)]
     for known, scale, coefficient in zip(sidecars, scales, coefficients, strict=True):
-        if not math.isfinite(coefficient):
+        # Without a prior only ratios count, and nothing overflows.
+        if not coefficient < (math.inf if start is None else torch.finfo(torch.float32).max):
             of = "all parameters" if normalize == "model" else "this tensor"
             raise SidecarError(f"{known.source}: a mean over {of} of {scale} divides nothing")
     blocks = _blocks_of(sidecars, parameters, coefficients, tensors[0], is_relative=start is None)

@@ -170,6 +170,13 @@ def test_what_cannot_be_is_one_error(models: Descendants, given: dict[str, Any],
         models.merge(**{"prior": 1.0, **given})
 
 
+def test_a_mean_that_is_next_to_nothing_is_an_error(tmp_path: Path) -> None:
+    models = Descendants(tmp_path, "diagonal")
+    models.inputs = DiagonalInputs(tmp_path / "small", count=3, scale=1e-40)
+    with pytest.raises(MergeError, match=r"a mean over this tensor of .*e-\d+ divides nothing"):
+        models.merge(prior=1.0)
+
+
 def test_it_needs_a_parent(models: Descendants) -> None:
     with pytest.raises(
         MergeError,
