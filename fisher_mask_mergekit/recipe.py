@@ -106,10 +106,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         )
     if not found:
         raise RecipeError(f"{path} names no models")
-    levels = (level for place in places(document, path) for level in place)
-    bases = {base} | {
-        _checked(name, path) for level in levels if isinstance(name := level.get("base_model"), str)
-    }
+    levels = [document, *(level for place in places(document, path) for level in place)]
+    bases = {_checked(name, path) for level in levels if isinstance(name := level.get("base_model"), str)}
     return Recipe(
         path,
         document["merge_method"],

@@ -136,3 +136,22 @@ def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, message: s
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read recipe .*none.yml: No such file"):
         read_recipe(tmp_path / "none.yml")
+
+
+@pytest.mark.parametrize("base", ["{a: 1}", "[a]", "1"])
+def test_a_base_model_that_is_no_name_is_left_to_mergekit(tmp_path: Path, base: str) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        f"merge_method: fisher_mask\nbase_model: {base}\nslices: [{{base_model: {base}, sources: [{{model: a}}, {{model: b}}]}}]\n"
+    )
+    assert [(model.name, model.is_base) for model in read_recipe(path).models] == [("a", False), ("b", False)]
+
+
+def test_a_slice_has_a_base_model_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    text = "merge_method: fisher_mask\nbase_model: a\nslices: [{base_model: %s, sources: [{model: a}, {model: b}, {model: c}]}]\n"
+    path.write_text(text % "c")
+    assert [model.is_base for model in read_recipe(path).models] == [True, False, True]
+    path.write_text(text % ("c" * 300))
+    with pytest.raises(RecipeError, match="expected a path or hub id of no more than"):
+        read_recipe(path)
