@@ -29,6 +29,13 @@ def places(rank: int, count: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in {**known, "MASTER_PORT": port}.items()}
 
 
+def free_port() -> int:
+    """A port of this machine at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def launch(
     commands: Sequence[Sequence[Any]],
     *,
@@ -44,9 +51,7 @@ def launch(
         alone: Whether it is no process of a launcher's, but a launcher itself, for one.
         until: The process at whose end the others are killed, as a launcher kills them.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     root = str(Path(__file__).parent.parent)
     started = [
         subprocess.Popen(

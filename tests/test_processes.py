@@ -29,7 +29,7 @@ from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import read
 from fisher_mask_mergekit.tasks import Encoded
 from tests import tiny
-from tests.launched import CASES, Case, Ended, launch, make, measured, places
+from tests.launched import CASES, Case, Ended, free_port, launch, make, measured, places
 from tests.test_cli import run
 
 
@@ -91,7 +91,7 @@ def test_the_first_process_alone_writes_and_speaks_and_serves(folder: Path, tmp_
         "--num_machines",
         "1",
     ]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     out = tmp_path / "made.safetensors"
     options = ["--data", folder / "data.jsonl", "--out", out]
     (ended,) = launch([[*launcher, *command(folder, *options)]], alone=True)
