@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         text: What the model reads.
-        label: What it is compared with; None where that is the text itself.
+        label: What it is compared with; None where that is the text itself, or there is nothing.
     """
 
     text: tuple[str, ...]
@@ -80,6 +80,16 @@ def _with_text(
     beside = sorted(known, key=lambda one: one.text != text)
     found = next((one.label for one in beside if one.label in names), None)
     return Layout(text, found) if found else None
+
+
+def find_text(names: Sequence[str], known: Sequence[Layout], settings: FisherSettings) -> Layout:
+    """The text columns of a layout, whatever label columns there are.
+
+    Raises:
+        DataError: If there are none, or not those that were named.
+    """
+    free = [Layout(one.text, None) for one in known]
+    return find_columns(names, free, settings.model_copy(update={"label": None}))
 
 
 def _refuse_packed(names: Sequence[str], settings: FisherSettings) -> None:

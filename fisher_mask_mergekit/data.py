@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy
 
-from fisher_mask_mergekit.columns import Layout, find_columns
+from fisher_mask_mergekit.columns import find_columns, find_text
 from fisher_mask_mergekit.errors import DataError, first_line
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
@@ -21,6 +21,10 @@ from fisher_mask_mergekit.tasks import Task
 # Where this stands first, pyarrow ends the process: https://github.com/apache/arrow/issues/47409
 _NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?[ \t\r]*null")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+RANDOM = "random"
+"""The name of no data set: texts of tokens that are drawn at random."""
+RANDOM_TOKENS = 64
+"""Of each such text, before it is tokenised again."""
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -43,7 +47,7 @@ class DataSpec:
     @property
     def text(self) -> str:
         """As the user would write it, with every default spelled out."""
-        if self.is_one_table:
+        if self.is_one_table or self.is_random:
             return self.path
         return f"{self.path}:{self.config or ''}:{self.split}" + (
             f"@{self.revision}" if self.revision else ""
@@ -52,16 +56,23 @@ class DataSpec:
     @property
     def is_one_table(self) -> bool:
         """Whether it is a local table, which has no splits: a file, or a folder of one that datasets wrote."""
+        if self.is_random:
+            return False
         return Path(self.path).is_file() or (Path(self.path) / "state.json").is_file()
 
     @property
+    def is_random(self) -> bool:
+        """Whether it is no data set, but texts of random tokens."""
+        return self.path == RANDOM
+
+    @property
     def is_local(self) -> bool:
-        """Whether the data lies on this machine."""
-        return Path(self.path).exists()
+        """Whether the data lies on this machine, or is made on it."""
+        return self.is_random or Path(self.path).exists()
 
 
 def parse_spec(text: str, split: str = "train") -> DataSpec:
-    """Parse a data set's name as the user wrote it; a path that exists is taken as it is.
+    """Parse a data set's name as the user wrote it; a path that exists is taken as it is, unless it is ``random``.
 
     Args:
         text: The name.
@@ -70,7 +81,7 @@ def parse_spec(text: str, split: str = "train") -> DataSpec:
     Raises:
         DataError: If it has too many parts.
     """
-    if Path(text).exists():
+    if text == RANDOM or Path(text).exists():
         return DataSpec(text, None, split, None)
     body, _, revision = text.partition("@")
     parts = body.split(":")
@@ -95,19 +106,22 @@ class Samples:
     record: DataRecord
 
 
-def load_samples(settings: FisherSettings, task: Task, *, skip: int = 0) -> Samples:
+def load_samples(
+    settings: FisherSettings, task: Task, *, skip: int = 0, tokenizer: Any | None = None
+) -> Samples:
     """Draw the samples that a request asks for.
 
     Args:
         settings: The request; ``data`` must be given.
         task: What is read of a row.
         skip: How many of the same draw to leave out, from its first.
+        tokenizer: The checkpoint's, for random tokens.
 
     Raises:
         DataError: If the data cannot be read, has no usable columns or rows, or labels that the checkpoint
             does not have.
     """
-    spec, table, rows = _draw(settings, skip)
+    spec, table, rows = _draw(settings, skip, tokenizer)
     with _cells(settings):
         drawn = task.read(rows, settings)
     digest = hashlib.sha256()
@@ -143,8 +157,7 @@ def load_texts(settings: FisherSettings, task: Task, *, skip: int = 0) -> list[s
     try:
         columns = find_columns(rows.column_names, task.layouts, settings)
     except DataError:  # It may lack the labels only.
-        free = [Layout(one.text, None) for one in task.layouts]
-        columns = find_columns(rows.column_names, free, settings.model_copy(update={"label": None}))
+        columns = find_text(rows.column_names, task.layouts, settings)
     names = [*columns.text, *([columns.label] if columns.label and task.name == "causal-lm" else [])]
     with _cells(settings):
         return [
@@ -169,9 +182,18 @@ def _given(cell: Any) -> Any:
     return [_given(part) for part in cell] if isinstance(cell, list) else cell
 
 
-def _draw(settings: FisherSettings, skip: int) -> tuple[DataSpec, datasets.Dataset, datasets.Dataset]:
+def _draw(
+    settings: FisherSettings, skip: int, tokenizer: Any | None = None
+) -> tuple[DataSpec, datasets.Dataset, datasets.Dataset]:
     """What is drawn from, and the rows."""
     spec = parse_spec(settings.data or "")
+    if spec.is_random:
+        if tokenizer is None:
+            raise DataError(
+                f"data '{RANDOM}' is random tokens, to measure on: there is nothing in them to score a model on, or to hold back"
+            )
+        table = datasets.Dataset.from_dict({"text": _random_texts(settings, tokenizer)})
+        return spec, table, table
     table = _load(spec)
     if len(table) == 0:
         raise DataError(f"data '{settings.data}' has no rows")
@@ -179,6 +201,15 @@ def _draw(settings: FisherSettings, skip: int) -> tuple[DataSpec, datasets.Datas
         raise DataError(f"data '{settings.data}' has {len(table)} rows; after the first {skip}, none is left")
     order = numpy.random.default_rng(settings.seed).permutation(len(table))[skip:][: settings.samples]
     return spec, table, table.select(order)
+
+
+def _random_texts(settings: FisherSettings, tokenizer: Any) -> list[str]:
+    """Texts of tokens drawn uniformly from the tokenizer's, special ones aside; a draw of its own for each."""
+    vocabulary = numpy.setdiff1d(numpy.arange(len(tokenizer)), tokenizer.all_special_ids)
+    if not len(vocabulary):
+        raise DataError(f"data '{RANDOM}': the checkpoint's tokenizer has no tokens but special ones")
+    draws = (numpy.random.default_rng([settings.seed, index]) for index in range(settings.samples))
+    return [tokenizer.decode(draw.choice(vocabulary, RANDOM_TOKENS).tolist()) for draw in draws]
 
 
 def _load(spec: DataSpec) -> datasets.Dataset:

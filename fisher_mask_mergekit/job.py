@@ -131,13 +131,17 @@ def prepare(
     answers = (_same_request(path, weights, settings, task, sites) for path in places)
     found = next((sidecar for sidecar in answers if sidecar and _is_of_today(sidecar)), None)
     samples: Any = None
-    if found is None or parse_spec(settings.data or "").is_local:
-        samples = load_samples(settings, task)
+    spec = parse_spec(settings.data or "")
+    tokenizer: Any = None
+    if found is None or spec.is_random:
+        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
+    if found is None or spec.is_local:
+        samples = load_samples(settings, task, tokenizer=tokenizer)
         if found is not None and found.metadata.data.digest != samples.record.digest:
             found = None
     inputs = None
     if found is None:
-        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
         inputs = _inputs(name, samples, task, model, tokenizer, settings)
     return Job(
         checkpoint=checkpoint,

@@ -43,7 +43,8 @@ class FisherSettings(_Settings):
     """One request for a measurement, as the user wrote it. Unknown keys are an error.
 
     Attributes:
-        data: Data set: ``path[:config[:split]][@revision]`` on the hub, or a local file or folder.
+        data: Data set: ``path[:config[:split]][@revision]`` on the hub, a local file or folder, or ``random``: texts of
+            tokens drawn at random.
         samples: How many samples to draw, without replacement.
         seed: Seed of that draw, of the tokens masked for a masked LM, and of the labels with
             ``labels: sampled``.
@@ -60,7 +61,8 @@ class FisherSettings(_Settings):
             squares of the gradient of each batch's mean loss, summed over batches (the released code). Of kind
             ``factored`` ``sample``, or ``token``: of a linear map's matrix, squares of each token's gradient.
         mask_placement: Neuron mask after the activation (``post``) or before it, as in eq. 2 (``pre``).
-        labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels.
+        labels: ``data`` (empirical), ``sampled`` from the model, or ``exact`` expectation over all labels; the latter two
+            need no labels in the data.
         dtype: Dtype of the weights while measuring. Sums are kept in float32 or wider.
         kind: What is measured: mask nodes (``mask``), every parameter by itself (``diagonal``), or the means of that
             over rows and columns (``factored``).
@@ -123,6 +125,10 @@ class FisherSettings(_Settings):
     def _combinable(self) -> "FisherSettings":
         if self.share_of[0] > self.share_of[1]:
             raise ValueError(f"share {self.share}: expected K/N with K from 1 to N")
+        if self.data == "random" and self.labels == "data":
+            raise ValueError(
+                "data 'random' is random tokens and has no labels; take labels sampled, or exact"
+            )
         if self.estimator == "batch" and self.labels == "exact":
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"

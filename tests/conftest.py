@@ -19,9 +19,25 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint, a classifier of two labels."""
+    # Here, so that the libraries are imported after what is set above.
+    from tests import tiny
+
+    return tiny.checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A file that it can be measured on."""
+    from tests import tiny
+
+    return tiny.write_data(tmp_path / "data.jsonl")
+
+
+@pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """Two siblings, each with a sidecar of made-up Fisher information."""
-    # Here, so that the libraries are imported after what is set above.
     from tests import tiny
     from tests.test_check import measure
 

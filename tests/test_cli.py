@@ -33,16 +33,6 @@ def run(*arguments: str | Path, code: int = 0) -> Result:
     return result
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tiny.write_data(tmp_path / "data.jsonl")
-
-
 def sidecars(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*mask_fisher*"))
 

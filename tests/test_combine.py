@@ -37,16 +37,6 @@ SAMPLES = 11
 BESIDE = Path("fisher") / "mask_fisher.safetensors"
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tiny.write_data(tmp_path / "data.jsonl")
-
-
 def measure(model: Path, data: Path, out: Path | None = None, **settings: Any) -> AnySidecar:
     asked = FisherSettings.model_validate({"data": str(data), "samples": SAMPLES} | settings)
     return prepass.compute(prepare(str(model), asked, out=out), CPU).sidecar

@@ -248,11 +248,6 @@ def models(tmp_path: Path) -> list[Path]:
     return [one, tiny.sibling(tmp_path / "two", one, seed=1)]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tiny.write_data(tmp_path / "data.jsonl")
-
-
 def test_compute_measures_what_the_recipes_method_goes_by(
     tmp_path: Path, models: list[Path], data: Path
 ) -> None:

@@ -34,16 +34,6 @@ PATIENCE = 60
 """Seconds after which something that must happen is given up."""
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tiny.write_data(tmp_path / "data.jsonl")
-
-
 def job_of(model: Path, data: Path, kind: Kind = "mask", seed: int = 0, force: bool = False) -> Job:
     return prepare(str(model), FisherSettings(data=str(data), samples=6, kind=kind, seed=seed), force=force)
 

@@ -43,16 +43,6 @@ class KilledError(BaseException):
     """Instead of a signal."""
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tiny.write_data(tmp_path / "data.jsonl")
-
-
 @pytest.fixture(autouse=True)
 def _after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_sums, "_SHARE_OF_TIME", float("inf"))

@@ -14,7 +14,6 @@ from fisher_mask_mergekit.partial_sums import PartialSums
 from fisher_mask_mergekit.processes import Processes
 from fisher_mask_mergekit.store import alone, partial_path, partials
 from fisher_mask_mergekit.tally import Tally
-from tests import tiny
 from tests.launched import Ended, launch
 from tests.test_cli import run
 from tests.test_resume import SAMPLES, SOON, assert_equal, job_of, measured
@@ -40,16 +39,6 @@ passes._check_losses = checked
 main()
 """
 """Each process is killed before its n-th batch; it notes which samples it measures."""
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return tiny.checkpoint(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tiny.write_data(tmp_path / "data.jsonl")
 
 
 @pytest.fixture

@@ -37,7 +37,10 @@ def compute(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Data set: path[:config[:split]][@revision], or a .jsonl, .csv or .parquet file."),
+        typer.Option(
+            help="Data set: path[:config[:split]][@revision], or a .jsonl, .csv or .parquet file; or random, for tokens drawn "
+            "at random, with labels sampled."
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to draw. [default: 128]")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draw. [default: 0]")] = None,

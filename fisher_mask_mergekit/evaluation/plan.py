@@ -201,6 +201,10 @@ def evaluation_data(settings: FisherSettings, given: str | None) -> str:
     if given is not None:
         return parse_spec(given, SPLIT).text
     spec = replace(parse_spec(settings.data or ""), split=SPLIT)
+    if spec.is_random:
+        raise DataError(
+            "data 'random' is to measure on; say what to evaluate on:  fisher: {eval: PATH:CONFIG:SPLIT}"
+        )
     if spec.is_one_table:
         raise DataError(
             f"data '{settings.data}' is one local table and has no split {SPLIT}; say what to evaluate on:  "

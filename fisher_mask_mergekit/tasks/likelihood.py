@@ -114,7 +114,7 @@ class Categorical:
 
     Attributes:
         log_probs: ``[P, C]``, float32 or wider, in nats.
-        targets: ``[P]``, the data's outcomes.
+        targets: ``[P]``, the data's outcomes; ``IGNORED`` where it says none.
         owner: ``[P]``, which of the batch's samples a prediction belongs to, in ascending order.
         weight: ``[P]``, 1 for a sum over a sample's predictions, 1 over their number for a mean.
         index: The batch's.
@@ -144,14 +144,22 @@ class Categorical:
         return cls(log_probs, targets, owner, weight / counts[owner] if loss == "mean" else weight, index)
 
     def losses(self, outcomes: Tensor | None = None) -> Tensor:
-        """Loss of each sample, ``[B]``, for the data's outcomes or for others ``[P]``."""
+        """Loss of each sample, ``[B]``, for the data's outcomes or for others ``[P]``.
+
+        Where the data says none, the mean over the model's own: the entropy.
+        """
         wanted = self.targets if outcomes is None else outcomes
-        nll = -self.log_probs.gather(1, wanted[:, None])[:, 0] * self.weight
+        known = wanted != IGNORED
+        nll = -self.log_probs.gather(1, wanted.where(known, 0)[:, None])[:, 0]
+        if not bool(known.all()):
+            nll = torch.where(known, nll, torch.special.entr(self.log_probs.exp()).sum(1))
+        nll = nll * self.weight
         return nll.new_zeros(len(self.index)).index_add(0, self.owner, nll)
 
     def correct(self) -> Tensor:
         """Share of each sample's predictions whose most probable outcome is the data's, ``[B]``."""
         hits = (self.log_probs.argmax(-1) == self.targets).to(self.log_probs.dtype)
+        hits = hits.masked_fill(self.targets == IGNORED, torch.nan)
         zeros = hits.new_zeros(len(self.index))
         return zeros.index_add(0, self.owner, hits) / zeros.index_add(0, self.owner, torch.ones_like(hits))
 
@@ -186,7 +194,7 @@ class Gaussian:
 
     Attributes:
         means: ``[B, K]``, float32 or wider.
-        targets: ``[B, K]``.
+        targets: ``[B, K]``; not a number where the data says none.
         weight: 1 for a sum over a sample's outputs, 1 / K for a mean.
         index: The batch's.
     """
@@ -197,9 +205,13 @@ class Gaussian:
     index: tuple[int, ...]
 
     def losses(self, outcomes: Tensor | None = None) -> Tensor:
-        """Loss of each sample, ``[B]``, for the data's values or for others ``[B, K]``."""
+        """Loss of each sample, ``[B]``, for the data's values or for others ``[B, K]``.
+
+        Where the data says none, the mean over the model's own: the square is the variance, 1.
+        """
         wanted = self.targets if outcomes is None else outcomes
-        return (wanted - self.means).square().sum(1) * (self.weight / 2)
+        squares = torch.where(wanted.isnan(), 1.0, (wanted - self.means).square())
+        return squares.sum(1) * (self.weight / 2)
 
     def correct(self) -> Tensor:
         """Not a number: no real value is right or wrong."""

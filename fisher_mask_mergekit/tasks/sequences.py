@@ -1,6 +1,7 @@
 """Tasks with one decision about a whole text: classes, several labels at once, values, choices."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from fisher_mask_mergekit.columns import (
     Layout,
     check_count,
     find_columns,
+    find_text,
     layouts,
     text_tuples,
     texts,
@@ -21,7 +23,7 @@ from fisher_mask_mergekit.columns import (
 from fisher_mask_mergekit.errors import DataError
 from fisher_mask_mergekit.labels import label_map, match_labels, match_name
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.tasks.likelihood import Batch, Categorical, Gaussian, Likelihood, wide
+from fisher_mask_mergekit.tasks.likelihood import IGNORED, Batch, Categorical, Gaussian, Likelihood, wide
 from fisher_mask_mergekit.tasks.task import Drawn, Encoded, Task, Tokenization
 
 CHOICE_LAYOUTS = (
@@ -44,12 +46,32 @@ class _AboutText(Task):
         inputs, truncated = how.encode(*text)
         if not inputs["input_ids"]:
             raise DataError(f"a sample has no tokens: {text!r:.80}")
-        return Encoded(dict(inputs), label, truncated)
+        return Encoded(dict(inputs), self.unknown if label is None else label, truncated)
+
+    @property
+    @abstractmethod
+    def unknown(self) -> Any:
+        """What stands for a label that the data does not have."""
 
     def _columns(self, rows: Any, settings: FisherSettings) -> Layout:
-        columns = find_columns(rows.column_names, self.layouts, settings)
+        """Without a label column only where none was named, and the model is asked what the labels are."""
+        try:
+            columns = find_columns(rows.column_names, self.layouts, settings)
+        except DataError as error:
+            if settings.label is not None:
+                raise
+            columns = find_text(rows.column_names, self.layouts, settings)
+            if settings.labels == "data":
+                raise DataError(
+                    f"{error}, or let the model say what the labels are: labels: sampled"
+                ) from error
         check_count(columns.text, 2, self.name)
         return columns
+
+
+def _unlabelled(rows: Any, columns: Layout, settings: FisherSettings) -> Drawn:
+    """Texts of which nobody says what is to be predicted."""
+    return Drawn(text_tuples(rows, columns.text, settings), [None] * len(rows), columns, {}, None)
 
 
 @dataclass(frozen=True)
@@ -61,9 +83,16 @@ class SequenceClassification(_AboutText):
         """Yes: which class."""
         return True
 
+    @property
+    def unknown(self) -> Any:
+        """No class."""
+        return IGNORED
+
     def read(self, rows: Any, settings: FisherSettings) -> Drawn:
         """One or two columns of text and one of labels, matched to the checkpoint's."""
         columns = self._columns(rows, settings)
+        if columns.label is None:
+            return _unlabelled(rows, columns, settings)
         raw = list(rows[columns.label])
         if raw and isinstance(raw[0], list):
             raise DataError(
@@ -97,6 +126,11 @@ class MultiLabelClassification(_AboutText):
         """Which sequence classification it is."""
         return "multi-label-classification"
 
+    @property
+    def unknown(self) -> Any:
+        """Neither 0 nor 1, for every label."""
+        return [IGNORED] * len(self.label2id)
+
     def read(self, rows: Any, settings: FisherSettings) -> Drawn:
         """Labels in one column of lists, or a column of 0 and 1 for every label of the checkpoint."""
         own = self._own_columns(rows.column_names)
@@ -111,9 +145,11 @@ class MultiLabelClassification(_AboutText):
                 None,
             )
         columns = self._columns(rows, settings)
+        if columns.label is None:
+            return _unlabelled(rows, columns, settings)
         raw = list(rows[columns.label])
         feature = rows.features[columns.label]
-        labels, mapping = self._lists(raw, columns.label or "", feature, settings)
+        labels, mapping = self._lists(raw, columns.label, feature, settings)
         return Drawn(text_tuples(rows, columns.text, settings), labels, columns, mapping, None)
 
     def _own_columns(self, names: Sequence[str]) -> list[str]:
@@ -180,9 +216,16 @@ class Regression(_AboutText):
         """Where there is one value per text."""
         return len(self.label2id) < 2
 
+    @property
+    def unknown(self) -> Any:
+        """No number."""
+        return [math.nan] * max(1, len(self.label2id))
+
     def read(self, rows: Any, settings: FisherSettings) -> Drawn:
         """One column of numbers, or of lists of K numbers."""
         columns = self._columns(rows, settings)
+        if columns.label is None:
+            return _unlabelled(rows, columns, settings)
         raw = [value if isinstance(value, list) else [value] for value in rows[columns.label]]
         count = max(1, len(self.label2id))
         for row in raw:

@@ -18,7 +18,7 @@ class Drawn:
 
     Attributes:
         texts: What the model reads, one tuple per sample.
-        labels: What it is to predict, one entry per sample; None where that is the text itself.
+        labels: What it is to predict, one entry per sample; None where that is the text itself, or nobody says.
         columns: Where they were.
         label_map: The data's label to the checkpoint's label index; empty where there are no labels.
         majority: The share of the samples that have the most frequent label, where each has one of a set.

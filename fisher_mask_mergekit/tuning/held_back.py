@@ -123,7 +123,8 @@ def sidecar_path(model: RecipeModel) -> Path | None:
 def _reporting(model: RecipeModel) -> DataSpec | None:
     """What `evaluate` would score a model on; None if that is not said."""
     given = model.evaluation.eval
-    if given is None and parse_spec(model.request.data or "").is_one_table:
+    own = parse_spec(model.request.data or "")
+    if given is None and (own.is_one_table or own.is_random):
         return None
     return parse_spec(evaluation_data(model.request, given))
 
