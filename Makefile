@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo   a real merge in a few minutes: train, measure, merge, compare (needs no network after set-up)"
 	@echo "make test   lint, type check and the test suite"
-	@echo "make bench  every ratio beside its target, on models made on the spot: about 25 minutes on 2 cores (BENCH='--only start' for less)"
+	@echo "make bench  every ratio beside its target, on models made on the spot: about 40 minutes on 2 cores (BENCH='--only start' for less)"
 	@echo "make growth how time and memory grow: about 15 minutes on 2 cores"
 
 $(BIN)/.installed: pyproject.toml constraints.txt
