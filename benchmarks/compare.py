@@ -129,13 +129,23 @@ def bench(given: argparse.Namespace) -> Bench:
     return Bench(found, given.parent, given.work, options, pick_device(given.device))
 
 
-def compare(setting: Bench, groups: Iterable[Sequence[Subject]], ways: Sequence[Way]) -> list[dict[str, Any]]:
+Merger = Callable[[Sequence[Subject], Merge], Merge]
+"""From a group of checkpoints, and the first way's merge of it, to another merge."""
+
+
+def compare(
+    setting: Bench,
+    groups: Iterable[Sequence[Subject]],
+    ways: Sequence[Way],
+    mergers: Mapping[str, Merger] | None = None,
+) -> list[dict[str, Any]]:
     """Merge every group in every way and score the merges on the group's tasks.
 
     Args:
         setting: What and where.
         groups: Of checkpoints.
         ways: The first is what the others are compared with.
+        mergers: What merges in ways that mergekit does not know, by their names.
 
     Returns:
         Per group, ``models`` and ``results``: what tables need of what ``mergekit-fisher evaluate --json`` writes. The
@@ -146,7 +156,7 @@ def compare(setting: Bench, groups: Iterable[Sequence[Subject]], ways: Sequence[
         path = setting.work / "results" / f"{_key(setting, group, ways)}.json"
         if not path.is_file():
             started = time.perf_counter()
-            results = _compare_group(setting, group, ways)
+            results = _compare_group(setting, group, ways, mergers or {})
             record = {"models": [one.name for one in group], "results": results}
             write_whole(path, json.dumps(record).encode())
             print(f"{' + '.join(record['models'])}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -198,8 +208,13 @@ def _described(metadata: Measurement) -> list[str]:
     return [metadata.weights, metadata.data.digest, metadata.settings.model_dump_json()]
 
 
-def _compare_group(setting: Bench, group: Sequence[Subject], ways: Sequence[Way]) -> dict[str, Any]:
-    merges = [_merge(setting, group, way) for way in ways]
+def _compare_group(
+    setting: Bench, group: Sequence[Subject], ways: Sequence[Way], mergers: Mapping[str, Merger]
+) -> dict[str, Any]:
+    merges: list[Merge] = []
+    for way in ways:
+        own = mergers.get(way.name)
+        merges.append(own(group, merges[0]) if own else _merge(setting, group, way))
     found = evaluate(plan_merges(group, merges, setting.options), setting.device, _no_progress)
     for note in found.notes:
         print(note, file=sys.stderr)

@@ -4,9 +4,11 @@
 
 merges combinations of the recipe's models in many ways: averaging; ``fisher_mask`` by masks, and by rows and columns of all
 parameters, and ``fisher_diagonal``, without and with the models' parent; and mergekit's own methods that need no data, as
-their papers recommend them untuned. Writes ``many.json``, ``many.md`` and ``many.png`` into the work folder.
+their papers recommend them untuned. With ``--add many.json`` of another run, of models that other seeds trained for the same tasks,
+its merges count too. Writes ``many.json``, ``many.md`` and ``many.png`` into the work folder.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from itertools import combinations, cycle
@@ -39,18 +41,38 @@ WAYS = (
 )
 
 
+def pooled(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The merges of all runs, by how many models they are of."""
+    counts = sorted({int(count) for run in record["runs"] for count in run["records"]})
+    return {
+        str(count): [one for run in record["runs"] for one in run["records"].get(str(count), ())]
+        for count in counts
+    }
+
+
+def by_run(record: Mapping[str, Any]) -> str:
+    """Every way's mean over the pairs of each run that has some."""
+    runs = [summary.summaries(run["records"]["2"]) for run in record["runs"] if "2" in run["records"]]
+    rows = [["merge", *(f"run {number}" for number in range(1, len(runs) + 1))]]
+    for each in zip(*runs, strict=True):
+        rows.append([each[0].name, *(f"{one.mean:.1f}" for one in each)])
+    return aligned(rows)
+
+
 def markdown(record: Mapping[str, Any]) -> dict[str, str]:
     """The tables, by title, of what was written to ``many.json``."""
     tables = {}
-    for count, found in record["records"].items():
+    for count, found in pooled(record).items():
         groups = f"{len(found)} combination{'s' * (len(found) != 1)}"
         tables[f"{count} models, {groups}"] = aligned(summary.rows(summary.summaries(found)))
+    if len(record["runs"]) > 1:
+        tables["Mean over the pairs of each run"] = by_run(record)
     return tables
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Mean normalised score against the number of models, one line per way."""
-    by_count = {count: summary.summaries(found) for count, found in record["records"].items()}
+    by_count = {count: summary.summaries(found) for count, found in pooled(record).items()}
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -82,6 +104,13 @@ def main() -> None:
         default="2,3,4,5,6",
         help="how many models at a time; 3:8 draws eight of the combinations of three [default: %(default)s]",
     )
+    parser.add_argument(
+        "--add",
+        type=Path,
+        action="append",
+        default=[],
+        help="a run of before to put in front; may be repeated",
+    )
     given = parser.parse_args()
     setting = bench(given)
     records = {}
@@ -91,7 +120,8 @@ def main() -> None:
         groups = Random(0).sample(groups, min(int(most or len(groups)), len(groups)))
         if groups:
             records[count] = compare(setting, groups, WAYS)
-    record = {**setting.facts(), "records": records}
+    before = [run for file in given.add for run in json.loads(file.read_text())["runs"]]
+    record = {"runs": [*before, {**setting.facts(), "records": records}]}
     write(given.work / "many", record, markdown)
     draw(record, given.work / "many.png")
 

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from fisher_mask_mergekit.opening import read_any
 from tests import tiny
 from tests.benchmarks import benchmark
 from tests.test_cli import run
@@ -53,7 +56,8 @@ def test_many_is_what_the_commands_give(
 ) -> None:
     many = ["--work", "work", "--parent", "parent", "--counts", "2:3,3"]
     script("many", *many, monkeypatch=monkeypatch)
-    found = json.loads(Path("work/many.json").read_text())
+    whole = json.loads(Path("work/many.json").read_text())
+    (found,) = whole["runs"]
     assert {count: len(groups) for count, groups in found["records"].items()} == {"2": 3, "3": 1}
     assert all(group["results"]["merges"] == WAYS for groups in found["records"].values() for group in groups)
     table = Path("work/many.md").read_text()
@@ -90,38 +94,62 @@ def test_many_is_what_the_commands_give(
     capsys.readouterr()
     script("many", *many, monkeypatch=monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in Path("work/results").iterdir()} == before
-    assert json.loads(Path("work/many.json").read_text()) == found
+    assert json.loads(Path("work/many.json").read_text()) == whole
     assert capsys.readouterr().out == table
+    # With the pairs of a run of before.
+    Path("before.json").write_text(json.dumps({"runs": [{"records": {"2": found["records"]["2"][:1]}}]}))
+    script("many", *many, "--add", "before.json", monkeypatch=monkeypatch)
+    text = Path("work/many.md").read_text()
+    assert "2 models, 4 combinations:" in text
+    assert "3 models, 1 combination:" in text
+    assert "| merge                  | run 1 | run 2 |" in text
 
 
-def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paper = benchmark("paper")
-    monkeypatch.setattr(paper, "COSTED", 8)
-    script("paper", "--work", "work", "--samples", "4,8", "--pooler", "average", monkeypatch=monkeypatch)
-    found = json.loads(Path("work/paper.json").read_text())
-    assert [one["models"] for one in found["records"]] == [["a", "b"], ["a", "c"], ["b", "c"]]
-    assert len(found["records"][0]["results"]["merges"]) == 1 + 3 * 2
-    text = Path("work/paper.md").read_text()
-    assert [text.count(title) for title in ("Table 1, 3 pairs:", "Table 2:", "Tables 3 and 4")] == [1, 1, 1]
-    costs = found["costs"]
-    for model in "abc":
-        mask, full, released = (
-            costs[f"{way}, 8"][model] for way in ("mask Fisher", "full Fisher", "mask Fisher, released code")
-        )
-        assert min(mask["seconds"] + full["seconds"] + released["seconds"]) > 0
-        # Two labels or three, and the weights' own gradients.
-        assert full["gflops"] > 1.5 * mask["gflops"]
+def test_regmean(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script("regmean", "--work", "work", "--parent", "parent", monkeypatch=monkeypatch)
+    found = json.loads(Path("work/regmean.json").read_text())["records"]
+    assert [one["models"] for one in found] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert found[0]["results"]["merges"] == ["average", "regmean", "all", "all, prior 1"]
+    assert "RegMean, 3 pairs:" in Path("work/regmean.md").read_text()
 
 
-def test_published_figures_stand_beside_the_papers_own_checkpoints() -> None:
-    paper = benchmark("paper")
-    ways = paper.ways_of([128, 2048, 32768])
-    named = {way.name: paper.published("bert-base", way.name) for way in ways}
-    assert named["average"] == "91.2"
-    assert named["full Fisher, 2,048"] == "91.7"
-    assert named["mask Fisher, released code, 32,768"] == "93.7"
-    assert named["mask Fisher, 128"] == ""
-    assert {paper.published("encoders", way.name) for way in ways} == {""}
+def test_regmean_is_the_least_squares_solution() -> None:
+    regmean = benchmark("regmean")
+    torch.manual_seed(0)
+    inputs = [torch.randn(50, 4, dtype=torch.float64) for _ in range(2)]
+    weights = [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
+    products = [one.T @ one for one in inputs]
+    outputs = [one @ weight.T for one, weight in zip(inputs, weights, strict=True)]
+    best = torch.linalg.lstsq(torch.cat(inputs), torch.cat(outputs)).solution.T
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regmean, "OFF_DIAGONAL", 1.0)
+        assert_close(regmean.regression_mean(products, weights), best)
+    # Of one model it is that model's own matrix, whatever the inner products are.
+    assert_close(regmean.regression_mean(products[:1], weights[:1]), weights[0])
+    shrunk = regmean.regression_mean(products, weights)
+    by_hand = [0.9 * one + 0.1 * torch.diag(one.diag()) for one in products]
+    wanted = (weights[0] @ by_hand[0] + weights[1] @ by_hand[1]) @ torch.linalg.inv(by_hand[0] + by_hand[1])
+    assert_close(shrunk, wanted)
+
+
+def test_how_many_samples(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = benchmark("samples")
+    monkeypatch.setattr(samples, "COUNTS", (1, 4))
+    monkeypatch.setattr(samples, "SOME", (4,))
+    monkeypatch.setattr(samples, "SEEDS", (0, 1))
+    arguments = ["--work", "work", "--parent", "parent", "--models", "a,b"]
+    script("samples", *arguments, monkeypatch=monkeypatch)
+    (group,) = json.loads(Path("work/samples.json").read_text())["records"]
+    assert len(group["results"]["merges"]) == 1 + 2 * 2 * (2 + 1 + 1)
+    text = Path("work/samples.md").read_text()
+    for scheme in ("masks", "all, prior 1"):
+        assert f"{scheme}: 1 pairs, 2 seeds; averaging has a mean of " in text
+    assert [text.count(f"| {source} ") for source in ("labelled", "unlabelled", "random tokens")] == [4, 2, 2]
+    assert Path("work/samples.png").stat().st_size > 10_000
+    # Other seeds draw other samples and other tokens.
+    sidecars = [read_any(path).metadata.settings for path in Path("work/sidecars/a").iterdir()]
+    drawn = {(one.kind, one.data, one.labels, one.samples, one.seed) for one in sidecars}
+    assert len(drawn) == len(sidecars) == 2 * 2 * (2 + 1 + 1)
 
 
 def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
