@@ -44,9 +44,9 @@ class Call:
         """Its tensor arguments."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
 
-    def given(self) -> Tensor:
-        """Its first argument."""
-        first: Tensor = self.args[0] if self.remake is None else self.remake(slice(None))
+    def given(self, rows: slice = slice(None)) -> Tensor:
+        """Some rows (along the first axis) of its first argument."""
+        first: Tensor = self.args[0][rows] if self.remake is None else self.remake(rows)
         return first
 
     def lean(self, given: Any) -> "Call":

@@ -47,7 +47,7 @@ class Marginals:
 
     def __init__(self, splits: Mapping[str, Split], *, by_token: bool = False) -> None:
         self._splits = splits
-        self._marginals = token_marginals if by_token else marginals
+        self._by_token = by_token
 
     def zeros(self, name: str, parameter: Tensor) -> Tensor:
         """Of the factors' shape; in float64, where the device has that."""
@@ -76,13 +76,25 @@ class Marginals:
         self, name: str, total: Tensor, call: Call, gradient: Tensor, weight: Tensor | None
     ) -> None:
         """A linear module's matrix, several samples at a time."""
-        given, back = (value.reshape(call.samples, -1, value.shape[-1]) for value in (call.given(), gradient))
+        split = self._splits[name]
         wide = torch.promote_types(gradient.dtype, torch.float32)
-        for part in _parts(given, back):
-            pair = [value.to(wide) for value in _reached(given[part], back[part])]
-            sums = torch.cat(self._marginals(*(pair if call.kind == "transposed" else pair[::-1])), 1)
-            sums = sums.to(total.dtype)
-            total[0] += (sums if weight is None else sums * weight[part, None]).sum(0)
+        each = len(gradient) // call.samples
+        tokens = gradient[:each].numel() // gradient.shape[-1]
+        step = _samples_at_a_time(tokens, split, gradient.device.type, by_token=self._by_token)
+        for first in range(0, call.samples, step):
+            part = slice(first, min(first + step, call.samples))
+            rows = slice(part.start * each, part.stop * each)
+            pair = [
+                value.reshape(part.stop - part.start, -1, value.shape[-1]).to(wide)
+                for value in (gradient[rows], call.given(rows))
+            ]
+            left, right = pair[::-1] if call.kind == "transposed" else pair
+            factor = None if weight is None else weight[part, None]
+            if self._by_token:
+                total[0] += torch.cat(token_marginals(left, right, factor)).to(total.dtype)
+                continue
+            sums = torch.cat(marginals(*_reached(left, right, gradient=pair[0])), 1).to(total.dtype)
+            total[0] += (sums if factor is None else sums * factor).sum(0)
 
     def add_rows(
         self,
@@ -101,31 +113,29 @@ class Marginals:
         total[0, self._splits[name].rows :] += squares.sum(0, dtype=total.dtype)
 
 
-def _parts(one: Tensor, other: Tensor) -> list[slice]:
-    """Samples to take at a time, at least one."""
-    samples, tokens, width = one.shape
-    each = tokens * max(width, other.shape[2]) if _without(one, other) else width * other.shape[2]
-    step = max(1, (_CHUNK if one.device.type == "cpu" else _CHUNK * 2**6) // max(1, each))
-    return [slice(first, first + step) for first in range(0, samples, step)]
+def _samples_at_a_time(tokens: int, split: Split, device: str, *, by_token: bool) -> int:
+    """How many, at least one."""
+    without = by_token or _without(tokens, split.rows, split.columns)
+    each = tokens * max(split.rows, split.columns) if without else split.rows * split.columns
+    return max(1, (_CHUNK if device == "cpu" else _CHUNK * 2**6) // max(1, each))
 
 
-def _reached(given: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+def _reached(left: Tensor, right: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Both without the tokens that no gradient reaches: padding, and of a last layer perhaps all but one."""
-    there = torch.linalg.vector_norm(back, dim=2).amax(0).nonzero().flatten()
-    if len(there) == back.shape[1]:
-        return given, back
-    return given[:, there], back[:, there]
+    there = torch.linalg.vector_norm(gradient, dim=2).amax(0).nonzero().flatten()
+    if len(there) == gradient.shape[1]:
+        return left, right
+    return left[:, there], right[:, there]
 
 
-def _without(left: Tensor, right: Tensor) -> bool:
+def _without(tokens: int, rows: int, columns: int) -> bool:
     """Whether the sums take fewer multiplications without the products."""
-    (_, tokens, rows), columns = left.shape, right.shape[2]
     return 2 * tokens * (rows + columns) < rows * columns
 
 
 def marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column sums ``[B, R]``, ``[B, C]`` of the squares of the products of ``[B, T, R]`` and ``[B, T, C]``."""
-    if not _without(left, right):
+    if not _without(left.shape[1], left.shape[2], right.shape[2]):
         squares = (left.mT @ right).square_()
         return squares.sum(2), squares.sum(1)
     rows = ((right @ right.mT) @ left).mul_(left).sum(1)
@@ -133,8 +143,16 @@ def marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return rows.clamp_(min=0), columns.clamp_(min=0)  # What is rounded may fall below.
 
 
-def token_marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the products of the tokens ``[R]`` and ``[C]``, each by itself."""
+def token_marginals(left: Tensor, right: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Row and column sums ``[R]``, ``[C]`` of the squares of all tokens' products, each token ``[R]`` and ``[C]`` by itself.
+
+    Args:
+        left: ``[B, T, R]``.
+        right: ``[B, T, C]``.
+        weight: Of each sample, ``[B, 1]``.
+    """
     rows, columns = left.square(), right.square()
-    sums = rows.sum(2), columns.sum(2)
-    return (sums[1][:, None] @ rows)[:, 0], (sums[0][:, None] @ columns)[:, 0]
+    beside, above = columns.sum(2), rows.sum(2)
+    if weight is not None:
+        beside, above = beside * weight, above * weight
+    return beside.flatten() @ rows.flatten(0, 1), above.flatten() @ columns.flatten(0, 1)

@@ -114,7 +114,7 @@ def test_both_ways_give_the_definition_in_parts_of_a_batch(
     without: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.classifier("bert").double()
-    monkeypatch.setattr(module, "_without", lambda left, right: without)
+    monkeypatch.setattr(module, "_without", lambda tokens, rows, columns: without)
     monkeypatch.setattr(module, "_CHUNK", 700)
     assert_same(measure(model, 7, labels="exact").fisher, naive(model, labels="exact"))
 
