@@ -26,6 +26,9 @@ from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
 from fisher_mask_mergekit.untrusted import MOST_SIDECAR_BYTES
 
+ENOUGH = 16
+"""Samples on which an accuracy says that labels do not match; on fewer a good model may be as bad by chance."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -302,6 +305,7 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
         and metadata.accuracy is not None
         and metadata.accuracy <= data.majority
         and metadata.accuracy < 1
+        and metadata.samples >= ENOUGH
     ):
         notes.append(
             f"WARNING: accuracy on the samples is {metadata.accuracy:.3f}, no better than always guessing the most "

@@ -157,6 +157,9 @@ def test_labels_that_do_not_match_are_warned_of_loudly(model: Path, data: Path, 
     result = run("compute", model, "--data", data)
     assert "accuracy 0.000" in result.stdout
     assert "WARNING: accuracy on the samples is 0.000, no better than always guessing" in result.stderr
+    few = run("compute", model, "--data", data, "--samples", "15")
+    assert "accuracy 0.000" in few.stdout
+    assert "WARNING" not in few.stderr
     result = run("compute", model, "--data", data, "--label-map", "0=1,1=0")
     assert "accuracy 1.000" in result.stdout
     assert "WARNING" not in result.stderr
