@@ -153,7 +153,7 @@ def compare(
     """
     found = []
     for group in groups:
-        path = setting.work / "results" / f"{_key(setting, group, ways)}.json"
+        path = setting.work / "results" / f"{_key(setting, group, ways, mergers or {})}.json"
         if not path.is_file():
             started = time.perf_counter()
             results = _compare_group(setting, group, ways, mergers or {})
@@ -179,7 +179,7 @@ def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way]) -> str:
+def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way], mergers: Mapping[str, Merger]) -> str:
     """Of everything that a group's results depend on."""
     parts = {
         "models": [_weights(one.model.name) for one in group],
@@ -195,6 +195,8 @@ def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way]) -> str:
         "dtype": group[0].settings.dtype,
         "versions": setting.facts()["versions"],
     }
+    if mergers:  # Which may look at the samples that are to be measured on.
+        parts["requests"] = [one.model.request.model_dump_json() for one in group]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -33,21 +33,23 @@ from fisher_mask_mergekit.tasks import Tokenization
 OFF_DIAGONAL = 0.9
 """By which the authors multiply inner products of different inputs."""
 ALL = factored("all", {"normalize": "tensor"})
-REGMEAN = Way("regmean", "regmean")
+REGMEAN = Way("regmean", "regmean", {"off_diagonal": OFF_DIAGONAL})
 WAYS = (AVERAGE, REGMEAN, ALL, from_parent(ALL, 1))
 
 
 def inner_products(subject: Subject, device: torch.device) -> dict[str, Tensor]:
-    r"""Of every linear map's inputs, :math:`X^\top X` over all tokens of the samples: ``[in, in]``, float64, by its weight's name."""
+    r"""Of every linear map's inputs, the mean of :math:`x x^\top` over all tokens of the samples: ``[in, in]``, float64, by its weight's name."""
     request, task = subject.model.request, subject.task
     tokenizer = load_tokenizer(subject.checkpoint, task, trust_remote_code=False)
     kind = class_of(subject.checkpoint, subject.config, task, trust_remote_code=False)
     model = load_model(subject.checkpoint, kind, subject.config, tokenizer, torch.float32).to(device).eval()
     found: dict[str, Any] = defaultdict(int)
+    tokens: dict[str, int] = defaultdict(int)
 
     def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].flatten(0, -2)
         found[name] = found[name] + (rows.T @ rows).double()
+        tokens[name] += len(rows)
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -58,14 +60,14 @@ def inner_products(subject: Subject, device: torch.device) -> dict[str, Tensor]:
         # One by one: then nothing is padded.
         for batch in padded_batches(encoded, tokenizer, limits=Limit(rows=1), by_length=False, device=device):
             model(**batch.inputs)
-    return {name: total.cpu() for name, total in found.items()}
+    return {name: total.cpu() / tokens[name] for name, total in found.items()}
 
 
 def regression_mean(products: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     r""":math:`W = (\sum_m W_m G_m) (\sum_m G_m)^{-1}`, G without a tenth of what is off its diagonal.
 
     Args:
-        products: :math:`X^\top X` of each model's inputs, ``[in, in]``, float64.
+        products: Means of :math:`x x^\top` over each model's inputs, ``[in, in]``, float64.
         weights: Each model's matrix, ``[out, in]``.
     """
     shrunk = [OFF_DIAGONAL * one + (1 - OFF_DIAGONAL) * one.diag().diag() for one in products]

@@ -14,17 +14,16 @@ import numpy
 
 from fisher_mask_mergekit.columns import find_columns, find_text
 from fisher_mask_mergekit.errors import DataError, first_line
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.random_text import Vocabulary
+from fisher_mask_mergekit.settings import RANDOM, FisherSettings
 from fisher_mask_mergekit.sidecar import DataRecord
 from fisher_mask_mergekit.tasks import Task
 
 # Where this stands first, pyarrow ends the process: https://github.com/apache/arrow/issues/47409
 _NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?[ \t\r]*null")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-RANDOM = "random"
-"""The name of no data set: texts of tokens that are drawn at random."""
-RANDOM_TOKENS = 64
-"""Of each such text, before it is tokenised again."""
+OF_RANDOM_TOKENS = ("sequence-classification", "masked-lm", "causal-lm")
+"""Tasks that are measured on random tokens: a text is a sample."""
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -88,6 +87,10 @@ def parse_spec(text: str, split: str = "train") -> DataSpec:
     if len(parts) > 3 or not parts[0]:
         raise DataError(f"data '{text}' is not of the form path[:config[:split]][@revision]")
     path, config, named = [*parts, "", ""][:3]
+    if path == RANDOM:
+        raise DataError(
+            f"data '{text}': '{RANDOM}' has no configuration, split or revision; write {RANDOM}, or ./{RANDOM} for a folder"
+        )
     return DataSpec(path, config or None, named or split, revision or None)
 
 
@@ -107,7 +110,7 @@ class Samples:
 
 
 def load_samples(
-    settings: FisherSettings, task: Task, *, skip: int = 0, tokenizer: Any | None = None
+    settings: FisherSettings, task: Task, *, skip: int = 0, vocabulary: Vocabulary | None = None
 ) -> Samples:
     """Draw the samples that a request asks for.
 
@@ -115,13 +118,13 @@ def load_samples(
         settings: The request; ``data`` must be given.
         task: What is read of a row.
         skip: How many of the same draw to leave out, from its first.
-        tokenizer: The checkpoint's, for random tokens.
+        vocabulary: The checkpoint's, for random tokens.
 
     Raises:
         DataError: If the data cannot be read, has no usable columns or rows, or labels that the checkpoint
             does not have.
     """
-    spec, table, rows = _draw(settings, skip, tokenizer)
+    spec, table, rows = _draw(settings, task, skip, vocabulary)
     with _cells(settings):
         drawn = task.read(rows, settings)
     digest = hashlib.sha256()
@@ -153,7 +156,7 @@ def load_texts(settings: FisherSettings, task: Task, *, skip: int = 0) -> list[s
     Raises:
         DataError: If the data cannot be read, or has no usable columns or rows.
     """
-    _, _, rows = _draw(settings, skip)
+    _, _, rows = _draw(settings, task, skip)
     try:
         columns = find_columns(rows.column_names, task.layouts, settings)
     except DataError:  # It may lack the labels only.
@@ -183,16 +186,18 @@ def _given(cell: Any) -> Any:
 
 
 def _draw(
-    settings: FisherSettings, skip: int, tokenizer: Any | None = None
+    settings: FisherSettings, task: Task, skip: int, vocabulary: Vocabulary | None = None
 ) -> tuple[DataSpec, datasets.Dataset, datasets.Dataset]:
     """What is drawn from, and the rows."""
     spec = parse_spec(settings.data or "")
     if spec.is_random:
-        if tokenizer is None:
+        if vocabulary is None:
             raise DataError(
-                f"data '{RANDOM}' is random tokens, to measure on: there is nothing in them to score a model on, or to hold back"
+                f"data '{RANDOM}' is random tokens, to measure on: there is nothing in them to score a model on"
             )
-        table = datasets.Dataset.from_dict({"text": _random_texts(settings, tokenizer)})
+        if task.name not in OF_RANDOM_TOKENS:
+            raise DataError(f"data '{RANDOM}' is for {', '.join(OF_RANDOM_TOKENS)}; the task is {task.name}")
+        table = datasets.Dataset.from_dict({"text": vocabulary.texts(settings)})
         return spec, table, table
     table = _load(spec)
     if len(table) == 0:
@@ -201,15 +206,6 @@ def _draw(
         raise DataError(f"data '{settings.data}' has {len(table)} rows; after the first {skip}, none is left")
     order = numpy.random.default_rng(settings.seed).permutation(len(table))[skip:][: settings.samples]
     return spec, table, table.select(order)
-
-
-def _random_texts(settings: FisherSettings, tokenizer: Any) -> list[str]:
-    """Texts of tokens drawn uniformly from the tokenizer's, special ones aside; a draw of its own for each."""
-    vocabulary = numpy.setdiff1d(numpy.arange(len(tokenizer)), tokenizer.all_special_ids)
-    if not len(vocabulary):
-        raise DataError(f"data '{RANDOM}': the checkpoint's tokenizer has no tokens but special ones")
-    draws = (numpy.random.default_rng([settings.seed, index]) for index in range(settings.samples))
-    return [tokenizer.decode(draw.choice(vocabulary, RANDOM_TOKENS).tolist()) for draw in draws]
 
 
 def _load(spec: DataSpec) -> datasets.Dataset:

@@ -25,6 +25,7 @@ from fisher_mask_mergekit.errors import CheckpointError, DataError, SidecarError
 from fisher_mask_mergekit.loading import class_of, load_config, load_tokenizer, longest
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.parameter_names import ParameterNames, parameter_names
+from fisher_mask_mergekit.random_text import Vocabulary
 from fisher_mask_mergekit.settings import FisherSettings, Kind
 from fisher_mask_mergekit.sidecar import DataRecord, Sidecar, digest_of, may_replace
 from fisher_mask_mergekit.sites import Site
@@ -132,16 +133,17 @@ def prepare(
     found = next((sidecar for sidecar in answers if sidecar and _is_of_today(sidecar)), None)
     samples: Any = None
     spec = parse_spec(settings.data or "")
-    tokenizer: Any = None
-    if found is None or spec.is_random:
-        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
     if found is None or spec.is_local:
-        samples = load_samples(settings, task, tokenizer=tokenizer)
+        vocabulary = None
+        if spec.is_random:
+            tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
+            vocabulary = Vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+        samples = load_samples(settings, task, vocabulary=vocabulary)
         if found is not None and found.metadata.data.digest != samples.record.digest:
             found = None
     inputs = None
     if found is None:
-        tokenizer = tokenizer or load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
         inputs = _inputs(name, samples, task, model, tokenizer, settings)
     return Job(
         checkpoint=checkpoint,

@@ -88,12 +88,13 @@ class Marginals:
                 value.reshape(part.stop - part.start, -1, value.shape[-1]).to(wide)
                 for value in (gradient[rows], call.given(rows))
             ]
+            pair = pair if self._by_token else _reached(*pair)
             left, right = pair[::-1] if call.kind == "transposed" else pair
             factor = None if weight is None else weight[part, None]
             if self._by_token:
                 total[0] += torch.cat(token_marginals(left, right, factor)).to(total.dtype)
                 continue
-            sums = torch.cat(marginals(*_reached(left, right, gradient=pair[0])), 1).to(total.dtype)
+            sums = torch.cat(marginals(left, right), 1).to(total.dtype)
             total[0] += (sums if factor is None else sums * factor).sum(0)
 
     def add_rows(
@@ -120,12 +121,12 @@ def _samples_at_a_time(tokens: int, split: Split, device: str, *, by_token: bool
     return max(1, (_CHUNK if device == "cpu" else _CHUNK * 2**6) // max(1, each))
 
 
-def _reached(left: Tensor, right: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _reached(gradient: Tensor, given: Tensor) -> list[Tensor]:
     """Both without the tokens that no gradient reaches: padding, and of a last layer perhaps all but one."""
     there = torch.linalg.vector_norm(gradient, dim=2).amax(0).nonzero().flatten()
     if len(there) == gradient.shape[1]:
-        return left, right
-    return left[:, there], right[:, there]
+        return [gradient, given]
+    return [gradient[:, there], given[:, there]]
 
 
 def _without(tokens: int, rows: int, columns: int) -> bool:

@@ -27,7 +27,7 @@ from fisher_mask_mergekit.measuring import AnyFisher, Measured, measure
 from fisher_mask_mergekit.opening import AnySidecar
 from fisher_mask_mergekit.passes import is_out_of_memory
 from fisher_mask_mergekit.provenance import data_of
-from fisher_mask_mergekit.settings import FisherSettings, WeightDtype
+from fisher_mask_mergekit.settings import RANDOM, FisherSettings, WeightDtype
 from fisher_mask_mergekit.sidecar import DataRecord, Measurement, Sidecar
 from fisher_mask_mergekit.tasks import Batch
 from fisher_mask_mergekit.verify import Check, kept_values, same_values
@@ -158,6 +158,11 @@ def _data(job: Job, sidecar: AnySidecar) -> Check:
     """The rows first: other rows explain everything else."""
     metadata = sidecar.metadata
     here, then = job.data, metadata.data
+    if here.digest != then.digest and metadata.settings.data == RANDOM:
+        return Check(
+            "data", "failed", f"the random tokens are not those that were measured: their content hash is {here.digest:.12}, the "
+            f"sidecar has {then.digest:.12}. The checkpoint's tokenizer is another",
+        )  # fmt: skip
     if here.digest != then.digest:
         return Check(
             "data", "failed",

@@ -27,6 +27,10 @@ RELEASED_BATCH = 32
 WeightDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
+RANDOM = "random"
+"""In place of a data set's name: texts of tokens that are drawn at random."""
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, str_max_length=LONGEST_STRING)
 
@@ -125,10 +129,13 @@ class FisherSettings(_Settings):
     def _combinable(self) -> "FisherSettings":
         if self.share_of[0] > self.share_of[1]:
             raise ValueError(f"share {self.share}: expected K/N with K from 1 to N")
-        if self.data == "random" and self.labels == "data":
+        if self.data == RANDOM and self.labels == "data":
             raise ValueError(
-                "data 'random' is random tokens and has no labels; take labels sampled, or exact"
+                f"data '{RANDOM}' is random tokens and has no labels; take labels sampled, or exact"
             )
+        named = [name for name in ("text", "label", "label_map") if getattr(self, name) is not None]
+        if self.data == RANDOM and named:
+            raise ValueError(f"data '{RANDOM}' is random tokens and has no columns; remove {named[0]}")
         if self.estimator == "batch" and self.labels == "exact":
             raise ValueError(
                 "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
@@ -159,3 +166,12 @@ class EvaluationSettings(_Settings):
 
     eval: DataName | None = None
     metric: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+    @field_validator("eval")
+    @classmethod
+    def _is_data(cls, value: str | None) -> str | None:
+        if value == RANDOM:
+            raise ValueError(
+                f"'{RANDOM}' is random tokens, to measure on: there is nothing in them to score a model on"
+            )
+        return value

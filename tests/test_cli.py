@@ -160,6 +160,7 @@ def test_labels_that_do_not_match_are_warned_of_loudly(model: Path, data: Path, 
     few = run("compute", model, "--data", data, "--samples", "15")
     assert "accuracy 0.000" in few.stdout
     assert "WARNING" not in few.stderr
+    assert "WARNING" in run("compute", model, "--data", data, "--samples", "16").stderr
     result = run("compute", model, "--data", data, "--label-map", "0=1,1=0")
     assert "accuracy 1.000" in result.stdout
     assert "WARNING" not in result.stderr

@@ -152,6 +152,36 @@ def test_how_many_samples(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(drawn) == len(sidecars) == 2 * 2 * (2 + 1 + 1)
 
 
+def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = benchmark("paper")
+    monkeypatch.setattr(paper, "COSTED", 8)
+    script("paper", "--work", "work", "--samples", "4,8", "--pooler", "average", monkeypatch=monkeypatch)
+    found = json.loads(Path("work/paper.json").read_text())
+    assert [one["models"] for one in found["records"]] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert len(found["records"][0]["results"]["merges"]) == 1 + 3 * 2
+    text = Path("work/paper.md").read_text()
+    assert [text.count(title) for title in ("Table 1, 3 pairs:", "Table 2:", "Tables 3 and 4")] == [1, 1, 1]
+    costs = found["costs"]
+    for model in "abc":
+        mask, full, released = (
+            costs[f"{way}, 8"][model] for way in ("mask Fisher", "full Fisher", "mask Fisher, released code")
+        )
+        assert min(mask["seconds"] + full["seconds"] + released["seconds"]) > 0
+        # Two labels or three, and the weights' own gradients.
+        assert full["gflops"] > 1.5 * mask["gflops"]
+
+
+def test_published_figures_stand_beside_the_papers_own_checkpoints() -> None:
+    paper = benchmark("paper")
+    ways = paper.ways_of([128, 2048, 32768])
+    named = {way.name: paper.published("bert-base", way.name) for way in ways}
+    assert named["average"] == "91.2"
+    assert named["full Fisher, 2,048"] == "91.7"
+    assert named["mask Fisher, released code, 32,768"] == "93.7"
+    assert named["mask Fisher, 128"] == ""
+    assert {paper.published("encoders", way.name) for way in ways} == {""}
+
+
 def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = benchmark("choices")
     monkeypatch.setattr(choices, "FEW", 2)

@@ -188,8 +188,9 @@ def test_no_sample_and_a_gradient_that_is_not_finite_are_errors() -> None:
         measure(model)
 
 
-def naive_tokens(model: nn.Module, count: int = 7) -> dict[str, Tensor]:
+def naive_tokens(model: nn.Module, labels: str, count: int = 7) -> dict[str, Tensor]:
     """Of every linear module's matrix, the mean over samples of the sum over tokens of the squares of each token's gradient."""
+    probability = torch.ones(())
     sums: dict[str, Tensor] = {}
     given: dict[nn.Module, Tensor] = {}
 
@@ -198,24 +199,31 @@ def naive_tokens(model: nn.Module, count: int = 7) -> dict[str, Tensor]:
 
     def add(path: str, module: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
         squares = (outputs[0][..., None] * given[module][..., None, :]).square()
-        sums[path] = sums.get(path, torch.zeros(())) + squares.flatten(0, -3).sum(0)
+        sums[path] = sums.get(path, torch.zeros(())) + probability * squares.flatten(0, -3).sum(0)
 
     for path, part in model.named_modules():
         if isinstance(part, nn.Linear):
             part.register_forward_hook(keep)
             part.register_full_backward_hook(partial(add, path))
     for batch in tiny.batches(tiny.samples(count), 1):
-        tiny.TASK.likelihood(model, batch).losses().sum().backward()
+        likelihood = tiny.TASK.likelihood(model, batch)
+        terms = likelihood.expectation() if labels == "exact" else [(None, torch.ones(1))]
+        for outcomes, weight in terms:
+            probability = weight[0]
+            likelihood.losses(outcomes).sum().backward(retain_graph=True)
     return {f"{path}.weight": total / count for path, total in sums.items()}
 
 
+@pytest.mark.parametrize("labels", ["data", "exact"])
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
-def test_by_token_a_matrixs_squares_are_each_tokens(architecture: str) -> None:
+def test_by_token_a_matrixs_squares_are_each_tokens(
+    architecture: str, labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.classifier(architecture).double()
-    got = measure(model, by_token=True).fisher
-    wanted = naive(model) | naive_factors(naive_tokens(deepcopy(model)), model)
-    assert_same(got, wanted)
-    assert_same(measure(model, by_token=True, size=7, labels="data").fisher, wanted)
+    wanted = naive(model, labels=labels) | naive_factors(naive_tokens(deepcopy(model), labels), model)
+    assert_same(measure(model, by_token=True, labels=labels).fisher, wanted)
+    monkeypatch.setattr(module, "_CHUNK", 700)
+    assert_same(measure(model, by_token=True, size=7, labels=labels).fisher, wanted)
 
 
 def test_by_token_where_several_runs_share_a_matrix_or_samples_run_one_at_a_time() -> None:

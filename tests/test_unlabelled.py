@@ -7,19 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
 
-from fisher_mask_mergekit.data import RANDOM_TOKENS, load_samples
-from fisher_mask_mergekit.errors import DataError
+from fisher_mask_mergekit.data import load_samples, parse_spec
+from fisher_mask_mergekit.errors import DataError, MeasurementError
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.prepass import Outcome, compute
+from fisher_mask_mergekit.random_text import TOKENS, Vocabulary
 from fisher_mask_mergekit.settings import FisherSettings
-from fisher_mask_mergekit.sidecar import Sidecar
-from fisher_mask_mergekit.tasks import MaskedLM, SequenceClassification, TokenClassification
+from fisher_mask_mergekit.sharing.public_metadata import public
+from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from fisher_mask_mergekit.tasks import SequenceClassification, TokenClassification
 from fisher_mask_mergekit.tasks.likelihood import Categorical, Gaussian
 from tests import tiny, tiny_tasks
 from tests.test_cli import run
 
+CLASSES = SequenceClassification(label2id={"a": 0, "b": 1})
 WORDS = [{"text": f"w{5 + row} w{9 + 2 * row} w{40 - row}"} for row in range(9)]
 LABELS: dict[str, list[Any]] = {
     "single_label_classification": [row % 2 for row in range(9)],
@@ -93,20 +98,59 @@ def test_labels_that_are_wanted_must_be_there(tmp_path: Path, given: dict[str, A
         )
 
 
+@pytest.mark.parametrize("blank", [-1, None])
+@pytest.mark.parametrize("problem", ["single_label_classification", "regression"])
+def test_a_label_column_that_says_nothing_is_none(tmp_path: Path, problem: str, blank: Any) -> None:
+    model = tiny.save(tiny.classifier("bert", 2, problem_type=problem), tmp_path / "model")
+    blanks, without = tmp_path / "blank.jsonl", tmp_path / "text.jsonl"
+    blanks.write_text("".join(json.dumps(row | {"label": blank}) + "\n" for row in WORDS))
+    without.write_text("".join(json.dumps(row) + "\n" for row in WORDS))
+    _, one = measured(model, blanks, tmp_path / "a.safetensors", labels="sampled")
+    _, other = measured(model, without, tmp_path / "b.safetensors", labels="sampled")
+    assert one.metadata.data == other.metadata.data
+    assert one.metadata.loss == other.metadata.loss
+    # Where some rows have one, the others' are missing.
+    blanks.write_text(blanks.read_text() + json.dumps({"text": "w5", "label": 1}) + "\n")
+    with pytest.raises(DataError):
+        prepare(str(model), FisherSettings(data=str(blanks), labels="sampled"))
+
+
+def test_what_names_labels_wants_a_column_of_them(tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in WORDS))
+    with pytest.raises(DataError, match="no label column found"):
+        load_samples(FisherSettings(data=str(data), labels="sampled", label_map={"x": 0}), CLASSES)
+
+
+def random_texts(samples: int, seed: int, tokenizer: Any = None, rows: int = tiny.VOCABULARY) -> list[Any]:
+    request = FisherSettings(data="random", labels="sampled", samples=samples, seed=seed)
+    return load_samples(request, CLASSES, vocabulary=Vocabulary(tokenizer or tiny.tokenizer(), rows)).texts
+
+
+def words(drawn: list[Any]) -> list[str]:
+    return [word for (text,) in drawn for word in text.split()]
+
+
+def numbers(drawn: list[Any]) -> set[int]:
+    return {int(word.removeprefix("w")) for word in words(drawn)}
+
+
 def test_random_tokens_are_the_vocabularys_and_the_seeds() -> None:
-    task, tokenizer = SequenceClassification(label2id={"a": 0, "b": 1}), tiny.tokenizer()
+    few = random_texts(5, 0)
+    assert few == random_texts(8, 0)[:5]
+    assert len(set(few) | set(random_texts(5, 1))) == 10
+    assert len(words(few)) == 5 * TOKENS
+    assert numbers(few) == set(range(5, tiny.VOCABULARY))
 
-    def drawn(samples: int, seed: int) -> list[tuple[Any, ...]]:
-        request = FisherSettings(data="random", labels="sampled", samples=samples, seed=seed)
-        return load_samples(request, task, tokenizer=tokenizer).texts
 
-    few = drawn(5, 0)
-    assert few == drawn(8, 0)[:5]
-    assert len(set(few) | set(drawn(5, 1))) == 10
-    words = [word for (text,) in few for word in text.split()]
-    assert len(words) == 5 * RANDOM_TOKENS
-    assert {int(word.removeprefix("w")) for word in words} <= set(range(5, tiny.VOCABULARY))
-    assert len(set(words)) > 50
+def test_tokens_that_the_model_does_not_know_or_that_are_special_are_not_drawn() -> None:
+    assert numbers(random_texts(5, 0, rows=20)) == set(range(5, 20))
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([AddedToken(f"<r{index}>", special=True) for index in range(60)])
+    assert tokenizer.convert_tokens_to_ids("<r7>") not in tokenizer.all_special_ids
+    assert numbers(random_texts(5, 0, tokenizer, 200)) == set(range(5, tiny.VOCABULARY))
+    with pytest.raises(DataError, match="no tokens but special ones"):
+        random_texts(1, 0, tokenizer, 5)
 
 
 @pytest.mark.parametrize("name", ["gpt2-causal", "bert-masked"])
@@ -114,7 +158,19 @@ def test_language_models_are_measured_on_random_tokens(tmp_path: Path, name: str
     folder = tiny.save(tiny_tasks.model(name).float(), tmp_path / "model")
     _, found = measured(folder, "random", tmp_path / "a.safetensors", labels="sampled", max_length=16)
     assert found.metadata.samples == 6
-    assert all(value.isfinite().all() for nodes in found.fisher.values() for value in nodes.values())
+    assert all(
+        value.isfinite().all() and value.sum() > 0
+        for nodes in found.fisher.values()
+        for value in nodes.values()
+    )
+
+
+@pytest.mark.parametrize("kind", ["factored", "diagonal"])
+def test_every_kind_is_measured_without_labels(tmp_path: Path, kind: Any) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    request = FisherSettings(data="random", samples=4, labels="sampled", kind=kind)
+    done = compute(prepare(str(folder), request, out=tmp_path / "out"), torch.device("cpu"))
+    assert (done.sidecar.metadata.samples, done.sidecar.metadata.accuracy) == (4, None)
 
 
 def test_a_sidecar_of_random_tokens_is_served_verified_and_reproduced(tmp_path: Path) -> None:
@@ -123,53 +179,97 @@ def test_a_sidecar_of_random_tokens_is_served_verified_and_reproduced(tmp_path: 
     assert "6 samples, loss" in (first := run("compute", folder, *options).stdout), first
     assert "measured before" in run("compute", folder, *options).stdout
     sidecar = folder / "fisher" / "mask_fisher.safetensors"
-    assert "data" in run("verify", sidecar, "--model", folder, "--recompute", "6").stdout
-    shown = run("inspect", sidecar).stdout
-    assert "--data random" in shown
+    verify: list[Any] = ["verify", sidecar, "--model", folder, "--recompute", "6"]
+    assert "ok: numbers: " in run(*verify).stdout
+    assert "--data random" in run("inspect", sidecar).stdout
+    reordered_vocabulary(folder / "tokenizer.json")
+    refused = run(*verify, code=1).output
+    assert "the random tokens are not those that were measured" in refused
+    assert "The checkpoint's tokenizer is another" in refused
+
+
+def reordered_vocabulary(path: Path) -> None:
+    """Another tokenizer in place of a checkpoint's."""
+    known = json.loads(path.read_text())
+    names = known["model"]["vocab"]
+    names["w5"], names["w6"] = names["w6"], names["w5"]
+    path.write_text(json.dumps(known))
+    assert PreTrainedTokenizerFast(tokenizer_file=str(path)).decode([5]) == "w6"
 
 
 def test_a_folder_called_random_is_reached_by_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny.write_data(tmp_path / "data.jsonl")
-    run_folder = tmp_path / "random"
-    run_folder.mkdir()
-    (tmp_path / "data.jsonl").rename(run_folder / "data.jsonl")
-    drawn = load_samples(
-        FisherSettings(data="./random", samples=3), SequenceClassification(label2id={"a": 0, "b": 1})
-    )
-    assert len(drawn.texts) == 3
+    Path("random").mkdir()
+    tiny.write_data(Path("random", "data.jsonl"))
+    assert len(load_samples(FisherSettings(data="./random", samples=3), CLASSES).texts) == 3
+
+
+def test_published_a_folder_called_random_stays_a_folder(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    (tmp_path / "random").mkdir()
+    data = tiny.write_data(tmp_path / "random" / "data.jsonl").parent
+    _, known = measured(folder, data, tmp_path / "a.safetensors")
+    changed, notes = public(known, "me/repo", "a" * 40)
+    assert any("is called './random'" in note for note in notes)
+    write(changed, tmp_path / "b.safetensors")
+    assert read(tmp_path / "b.safetensors").metadata.settings.data == "./random"
+    _, drawn = measured(folder, "random", tmp_path / "c.safetensors", labels="sampled")
+    assert public(drawn, "me/repo", "a" * 40)[0].metadata.settings.data == "random"
+
+
+def test_shares_of_random_tokens_add_up_to_the_whole(tmp_path: Path) -> None:
+    folder = tiny.checkpoint(tmp_path / "model")
+    _, whole = measured(folder, "random", tmp_path / "whole.safetensors", labels="sampled")
+    parts = [tmp_path / f"{number}.safetensors" for number in (1, 2)]
+    for number, part in enumerate(parts, 1):
+        measured(folder, "random", part, labels="sampled", share=f"{number}/2")
+    run("combine", *parts, "--out", tmp_path / "sum.safetensors")
+    added = read(tmp_path / "sum.safetensors")
+    assert (added.metadata.samples, added.metadata.accuracy) == (6, None)
+    assert added.metadata.loss == pytest.approx(whole.metadata.loss)
+    for output, nodes in whole.fisher.items():
+        for node, value in nodes.items():
+            assert_close(added.fisher[output][node], value, rtol=1e-6, atol=0)
 
 
 def test_random_tokens_are_refused_where_they_say_nothing(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "model")
-    assert (
-        "has no labels; take labels sampled, or exact"
-        in run("compute", folder, "--data", "random", code=1).output
-    )
+    out = run("compute", folder, "--data", "random", code=1).output
+    assert "has no labels; take labels sampled, or exact" in out
+    out = run("compute", folder, "--data", "random", "--labels", "sampled", "--text", "text", code=1).output
+    assert "random tokens and has no columns; remove text" in out
+    for name in ("random:", "random@main", "random:a:b"):
+        with pytest.raises(DataError, match="'random' has no configuration, split or revision"):
+            parse_spec(name)
+    request = FisherSettings(data="random", labels="sampled")
     with pytest.raises(DataError, match="nothing in them to score"):
-        load_samples(
-            FisherSettings(data="random", labels="sampled"), SequenceClassification(label2id={"a": 0})
-        )
-    tags = FisherSettings(data="random", labels="sampled")
-    with pytest.raises(DataError, match="no text column found in 'random'"):
-        load_samples(tags, TokenClassification(label2id={"O": 0}), tokenizer=tiny.tokenizer())
+        load_samples(request, CLASSES)
+    with pytest.raises(DataError, match="masked-lm, causal-lm; the task is token-classification"):
+        load_samples(request, TokenClassification(), vocabulary=Vocabulary(tiny.tokenizer(), 64))
+    other = tiny.sibling(tmp_path / "other", folder, seed=1)
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
-        f"merge_method: fisher_mask\nmodels: [{{model: {folder}}}]\nfisher: {{data: random, labels: sampled}}\n"
+        f"merge_method: fisher_mask\nmodels: [{{model: {folder}}}, {{model: {other}}}]\n"
+        "fisher: {data: random, labels: sampled}\n"
     )
+    out = run("evaluate", recipe, folder, code=1).output
+    assert "data 'random' is to measure on; say what to evaluate on" in out
+    out = run("tune", recipe, tmp_path / "out", code=1).output
     assert (
-        "data 'random' is to measure on; say what to evaluate on"
-        in run("evaluate", recipe, folder, code=1).output
+        "has data 'random', of which tune can hold nothing back; name what it was trained on as data" in out
     )
+    recipe.write_text(recipe.read_text().replace("sampled", "sampled, eval: random"))
+    commands: list[list[Any]] = [["evaluate", recipe, folder], ["check", recipe]]
+    for command in commands:
+        assert "there is nothing in them to score a model on" in run(*command, code=1).output
 
 
-def test_a_tokenizer_without_tokens_is_one_error() -> None:
-    tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [f"w{index}" for index in range(5, tiny.VOCABULARY)]}
-    )
-    request = FisherSettings(data="random", labels="sampled")
-    with pytest.raises(DataError, match="no tokens but special ones"):
-        load_samples(request, MaskedLM(), tokenizer=tokenizer)
+def test_a_models_own_infinities_are_still_its_own(tmp_path: Path) -> None:
+    broken = tiny.classifier("bert", 2, problem_type="regression")
+    with torch.no_grad():
+        broken.get_parameter("classifier.weight").fill_(torch.nan)
+    folder = tiny.save(broken, tmp_path / "model")
+    with pytest.raises(MeasurementError, match="the loss of sample 0 is nan"):
+        measured(folder, "random", tmp_path / "a.safetensors", labels="sampled")

@@ -26,7 +26,7 @@ from fisher_mask_mergekit.heads import (
 )
 from fisher_mask_mergekit.loading import class_of, load_config
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import RANDOM, FisherSettings
 from fisher_mask_mergekit.tasks import QuestionAnswering, Task, task_of
 
 SPLIT = "validation"
@@ -203,7 +203,7 @@ def evaluation_data(settings: FisherSettings, given: str | None) -> str:
     spec = replace(parse_spec(settings.data or ""), split=SPLIT)
     if spec.is_random:
         raise DataError(
-            "data 'random' is to measure on; say what to evaluate on:  fisher: {eval: PATH:CONFIG:SPLIT}"
+            f"data '{RANDOM}' is to measure on; say what to evaluate on:  fisher: {{eval: PATH:CONFIG:SPLIT}}"
         )
     if spec.is_one_table:
         raise DataError(

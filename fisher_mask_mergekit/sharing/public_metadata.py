@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 from fisher_mask_mergekit import store
+from fisher_mask_mergekit.settings import RANDOM
 from fisher_mask_mergekit.sidecar import Sidecar
 
 
@@ -43,5 +44,6 @@ def _shortened_checkpoint(name: str) -> str:
 
 
 def _shortened(name: str) -> str:
-    """A path's last part."""
-    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+    """A path's last part; a folder that is called as random tokens are stays a folder."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+    return f"./{last}" if last == RANDOM != name else last

@@ -148,10 +148,10 @@ class Categorical:
 
         Where the data says none, the mean over the model's own: the entropy.
         """
-        wanted = self.targets if outcomes is None else outcomes
-        known = wanted != IGNORED
-        nll = -self.log_probs.gather(1, wanted.where(known, 0)[:, None])[:, 0]
-        if not bool(known.all()):
+        known = self.targets != IGNORED
+        wanted = self.targets.where(known, 0) if outcomes is None else outcomes
+        nll = -self.log_probs.gather(1, wanted[:, None])[:, 0]
+        if outcomes is None and not bool(known.all()):
             nll = torch.where(known, nll, torch.special.entr(self.log_probs.exp()).sum(1))
         nll = nll * self.weight
         return nll.new_zeros(len(self.index)).index_add(0, self.owner, nll)
@@ -209,9 +209,9 @@ class Gaussian:
 
         Where the data says none, the mean over the model's own: the square is the variance, 1.
         """
-        wanted = self.targets if outcomes is None else outcomes
-        squares = torch.where(wanted.isnan(), 1.0, (wanted - self.means).square())
-        return squares.sum(1) * (self.weight / 2)
+        known = torch.where(self.targets.isnan(), self.means.detach() + 1, self.targets)
+        wanted = known if outcomes is None else outcomes
+        return (wanted - self.means).square().sum(1) * (self.weight / 2)
 
     def correct(self) -> Tensor:
         """Not a number: no real value is right or wrong."""

@@ -58,20 +58,25 @@ class _AboutText(Task):
         try:
             columns = find_columns(rows.column_names, self.layouts, settings)
         except DataError as error:
-            if settings.label is not None:
+            if settings.label is not None or settings.label_map is not None:
                 raise
             columns = find_text(rows.column_names, self.layouts, settings)
             if settings.labels == "data":
-                raise DataError(
-                    f"{error}, or let the model say what the labels are: labels: sampled"
-                ) from error
+                raise DataError(f"{error}; only measuring can do without, with labels: sampled") from error
         check_count(columns.text, 2, self.name)
         return columns
 
 
-def _unlabelled(rows: Any, columns: Layout, settings: FisherSettings) -> Drawn:
-    """Texts of which nobody says what is to be predicted."""
-    return Drawn(text_tuples(rows, columns.text, settings), [None] * len(rows), columns, {}, None)
+def _unlabelled(rows: Any, columns: Layout, settings: FisherSettings) -> Drawn | None:
+    """Texts of which nobody says what is to be predicted: without a label column, or with one of -1 or nothing alone.
+
+    None if there are labels, or they are wanted.
+    """
+    blank = columns.label is None or all(value is None or value == -1 for value in rows[columns.label])
+    if settings.labels == "data" or not blank:
+        return None
+    free = Layout(columns.text, None)
+    return Drawn(text_tuples(rows, free.text, settings), [None] * len(rows), free, {}, None)
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,8 @@ class SequenceClassification(_AboutText):
     def read(self, rows: Any, settings: FisherSettings) -> Drawn:
         """One or two columns of text and one of labels, matched to the checkpoint's."""
         columns = self._columns(rows, settings)
-        if columns.label is None:
-            return _unlabelled(rows, columns, settings)
+        if blank := _unlabelled(rows, columns, settings):
+            return blank
         raw = list(rows[columns.label])
         if raw and isinstance(raw[0], list):
             raise DataError(
@@ -145,11 +150,11 @@ class MultiLabelClassification(_AboutText):
                 None,
             )
         columns = self._columns(rows, settings)
-        if columns.label is None:
-            return _unlabelled(rows, columns, settings)
+        if blank := _unlabelled(rows, columns, settings):
+            return blank
         raw = list(rows[columns.label])
         feature = rows.features[columns.label]
-        labels, mapping = self._lists(raw, columns.label, feature, settings)
+        labels, mapping = self._lists(raw, columns.label or "", feature, settings)
         return Drawn(text_tuples(rows, columns.text, settings), labels, columns, mapping, None)
 
     def _own_columns(self, names: Sequence[str]) -> list[str]:
@@ -159,7 +164,7 @@ class MultiLabelClassification(_AboutText):
         return [matched[index] for index in order] if all(index in matched for index in order) else []
 
     def _columns_of_text(self, rows: Any, settings: FisherSettings) -> tuple[str, ...]:
-        found = find_columns(rows.column_names, [Layout(text, None) for text in TEXT_COLUMNS], settings)
+        found = find_text(rows.column_names, self.layouts, settings)
         check_count(found.text, 2, self.name)
         return found.text
 
@@ -224,8 +229,8 @@ class Regression(_AboutText):
     def read(self, rows: Any, settings: FisherSettings) -> Drawn:
         """One column of numbers, or of lists of K numbers."""
         columns = self._columns(rows, settings)
-        if columns.label is None:
-            return _unlabelled(rows, columns, settings)
+        if blank := _unlabelled(rows, columns, settings):
+            return blank
         raw = [value if isinstance(value, list) else [value] for value in rows[columns.label]]
         count = max(1, len(self.label2id))
         for row in raw:

@@ -14,6 +14,7 @@ from fisher_mask_mergekit.heads import short_names
 from fisher_mask_mergekit.loading import load_config
 from fisher_mask_mergekit.opening import read_any
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
+from fisher_mask_mergekit.settings import RANDOM
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tasks import task_of
 
@@ -60,6 +61,11 @@ def held_back(recipe: Recipe, samples: int, options: Options) -> HeldBack:
                 f"{recipe.path}: nothing says what {model.name} was trained on, of which tune holds rows back; "
                 "add  fisher: {data: DATASET}  beside it"
             )
+        if model.request.data == RANDOM:
+            raise RecipeError(
+                f"{recipe.path}: {model.name} has data '{RANDOM}', of which tune can hold nothing back; name what it was trained "
+                "on as data, and its sidecar as it is:  parameters: {sidecar: PATH}"
+            )
     _refuse_reporting_data(recipe, models)
     subjects, notes = [], []
     for name, model in zip(short_names([model.name for model in models]), models, strict=True):
@@ -93,6 +99,8 @@ def _measured(model: RecipeModel, *, trust_remote_code: bool) -> _Measured:
         known: Measurement = read_any(path, model.kind).metadata
     except SidecarError as error:
         return _Measured(request.seed, request.samples, _unknown(model, str(error)))
+    if known.settings.data == RANDOM:  # None of the data's rows.
+        return _Measured(request.seed, 0)
     again = known.settings.model_copy(update={"data": request.data})
     try:
         config = load_config(locate(model.name), trust_remote_code=trust_remote_code)
@@ -123,8 +131,7 @@ def sidecar_path(model: RecipeModel) -> Path | None:
 def _reporting(model: RecipeModel) -> DataSpec | None:
     """What `evaluate` would score a model on; None if that is not said."""
     given = model.evaluation.eval
-    own = parse_spec(model.request.data or "")
-    if given is None and (own.is_one_table or own.is_random):
+    if given is None and parse_spec(model.request.data or "").is_one_table:
         return None
     return parse_spec(evaluation_data(model.request, given))
 
