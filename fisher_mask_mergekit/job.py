@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,17 @@ def prepare(
     found = next((sidecar for sidecar in answers if sidecar and _is_of_today(sidecar)), None)
     samples: Any = None
     spec = parse_spec(settings.data or "")
+    tokenizer = cache(partial(load_tokenizer, checkpoint, task, trust_remote_code=trust_remote_code))
     if found is None or spec.is_local:
         vocabulary = None
         if spec.is_random:
-            tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
-            vocabulary = Vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+            vocabulary = Vocabulary(tokenizer(), model.get_input_embeddings().weight.shape[0])
         samples = load_samples(settings, task, vocabulary=vocabulary)
         if found is not None and found.metadata.data.digest != samples.record.digest:
             found = None
     inputs = None
     if found is None:
-        tokenizer = load_tokenizer(checkpoint, task, trust_remote_code=trust_remote_code)
-        inputs = _inputs(name, samples, task, model, tokenizer, settings)
+        inputs = _inputs(name, samples, task, model, tokenizer(), settings)
     return Job(
         checkpoint=checkpoint,
         config=config,

@@ -93,9 +93,7 @@ def test_labels_that_are_wanted_must_be_there(tmp_path: Path, given: dict[str, A
     data.write_text("".join(json.dumps(line) + "\n" for line in WORDS))
     remedy = "has no column 'label'" if "label" in given else r"no label column found .* labels: sampled"
     with pytest.raises(DataError, match=remedy):
-        load_samples(
-            FisherSettings(data=str(data), **given), SequenceClassification(label2id={"a": 0, "b": 1})
-        )
+        load_samples(FisherSettings(data=str(data), **given), CLASSES)
 
 
 @pytest.mark.parametrize("blank", [-1, None])
