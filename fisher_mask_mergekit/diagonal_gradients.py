@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from fisher_mask_mergekit.apart import Seen
 from fisher_mask_mergekit.blocks import wide_dtype
@@ -16,6 +17,7 @@ from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.layer_gradients import (
     Call,
     Kind,
+    Product,
     embedding_rows,
     kind_of,
     own_parameters,
@@ -24,6 +26,19 @@ from fisher_mask_mergekit.layer_gradients import (
 from fisher_mask_mergekit.summed import Summed
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
+
+
+@dataclass
+class _Alike:
+    """Linear modules that were given the same in a forward pass.
+
+    Attributes:
+        count: How many.
+        arrived: Those that the gradient of their output has arrived for, in a backward pass.
+    """
+
+    count: int = 0
+    arrived: list[Product] = field(default_factory=list)
 
 
 @dataclass
@@ -50,6 +65,7 @@ class DiagonalGradients:
     _kinds: dict[nn.Module, Kind] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
     _arrived: dict[str, list[tuple[Call, str, Tensor]]] = field(default_factory=dict)
+    _alike: dict[Node, _Alike] = field(default_factory=dict)
     _rows: int | None = None
     _weight: Tensor | None = None
     _hooks: ExitStack = field(default_factory=ExitStack)
@@ -75,11 +91,13 @@ class DiagonalGradients:
             yield self
         finally:
             self._hooks.close()
+            self._forget()
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
         self.samples, self._rows, self._added = len(batch.index), None, False
-        self._arrived.clear()
+        if torch.is_grad_enabled() and self.uses is None:  # Else it is a look at something, beside a pass.
+            self._forget()
         self.seen, self._calls = seen, Counter()
         return task.likelihood(self.model, batch)
 
@@ -116,6 +134,8 @@ class DiagonalGradients:
         loss.backward(retain_graph=again)
         for name in list(self._arrived):  # Of runs that the loss does not see, nothing arrives.
             self._add(name)
+        if not again:
+            self._forget()
 
     def overflowed(self) -> bool:
         """What a backward pass gave is in the sums: no loss is scaled."""
@@ -154,7 +174,9 @@ class DiagonalGradients:
             if not output.requires_grad:
                 # The weights are frozen: here autograd starts. A leaf itself must not be changed in place.
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(partial(self._arrive, call.lean(args[0] if args else None), self._calls))
+            call = call.lean(args[0] if args else None)
+            self._note(call)
+            output.register_hook(partial(self._arrive, call, self._calls))
         return output
 
     def _call(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> tuple[Call, Tensor]:
@@ -177,6 +199,23 @@ class DiagonalGradients:
             key: value.detach() if isinstance(value, Tensor) else value for key, value in kwargs.items()
         }
         return Call(module, kind, self.samples, args, kwargs), output
+
+    def _note(self, call: Call) -> None:
+        """A run, where its input is to be made again: of several of the same input, only once."""
+        if call.source is None:
+            return
+        if call.source not in self._alike:
+            alike = self._alike[call.source] = _Alike()
+            # The last moment that the input can be made, if the loss does not see all of them.
+            call.source.register_prehook(lambda _: self._add_alike(alike))
+        self._alike[call.source].count += 1
+
+    def _forget(self) -> None:
+        """What is of a graph."""
+        self._arrived.clear()
+        for alike in self._alike.values():
+            alike.arrived.clear()  # They hold what holds the hook.
+        self._alike.clear()
 
     @torch.no_grad()
     def _arrive(self, call: Call, calls: Counter[str], gradient: Tensor) -> None:
@@ -206,7 +245,7 @@ class DiagonalGradients:
                 self.summed.add_rows(name, total, *embedding_rows(call, gradient), weight)
                 return
             if len(arrived) == 1 and call.kind in ("linear", "transposed") and own == "weight":
-                self.summed.add_matrices(name, total, call, gradient, weight)
+                self._add_product(Product(name, call, gradient))
                 return
             several = [per_sample(*one) for one in arrived]
             if len(several) == 1 and isinstance(several[0], Tensor):
@@ -215,6 +254,23 @@ class DiagonalGradients:
             for sample, parts in enumerate(zip(*several, strict=True)):
                 factor = None if weight is None else weight[sample]
                 self.summed.add_one(name, total, sum(parts[1:], start=parts[0]), factor)
+
+    def _add_product(self, product: Product) -> None:
+        """Add a linear module's, once what was given the same has arrived too."""
+        source = product.call.source
+        alike = _Alike(1) if source is None else self._alike[source]
+        alike.arrived.append(product)
+        if len(alike.arrived) == alike.count:
+            self._add_alike(alike)
+
+    @torch.no_grad()
+    def _add_alike(self, alike: _Alike) -> None:
+        """Add what has arrived."""
+        products, alike.arrived = alike.arrived, []
+        if products:
+            totals = [self._sum(product.name) for product in products]
+            weight = None if self._weight is None else self._weight.to(totals[0].device)
+            self.summed.add_matrices(products, totals, weight)
 
     @torch.no_grad()
     def _from_autograd(self, name: str, parameter: Tensor) -> None:

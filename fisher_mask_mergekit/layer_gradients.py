@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.func import functional_call
+from torch.nn.functional import layer_norm
 from transformers.pytorch_utils import Conv1D
 
 from fisher_mask_mergekit.activations import Remake, remake_of
@@ -26,6 +28,7 @@ class Call:
         args: What it was given.
         kwargs: Likewise.
         remake: If not None, makes its only argument again, which is then not kept.
+        source: The operation that gave that argument: where calls have the same, they were given the same.
         versions: Of its tensor arguments: how often each had been changed in place.
     """
 
@@ -35,6 +38,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     remake: Remake | None = None
+    source: Node | None = None
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,11 +62,13 @@ class Call:
         # What was changed in place, no operation's own result is.
         fresh = self.kind in ("linear", "transposed") and given._version == 0
         remake = remake_of(given) if fresh else None
-        return self if remake is None else replace(self, args=(), kwargs={}, remake=remake)
+        return (
+            self if remake is None else replace(self, args=(), kwargs={}, remake=remake, source=given.grad_fn)
+        )
 
     def kept(self) -> "Call":
         """The same for when the graph is gone."""
-        return self if self.remake is None else replace(self, args=(self.given(),), remake=None)
+        return self if self.remake is None else replace(self, args=(self.given(),), remake=None, source=None)
 
     def is_intact(self) -> bool:
         """Whether its tensor arguments are still what they were."""
@@ -94,6 +100,8 @@ def kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     own = own_parameters(module)
     if "weight" not in own or own.keys() - {"weight", "bias"} or not args:
         return "other"
+    if forward is nn.LayerNorm.forward:
+        return "scale"
     shape = own["weight"].shape
     fits = output.shape[output.ndim - len(shape) :] == shape and output.ndim > len(shape)
     if not fits or any(value.shape != shape for value in own.values()):
@@ -140,16 +148,39 @@ def per_sample(call: Call, name: str, gradient: Tensor) -> Iterable[Tensor]:
     if call.kind == "scale" or (name == "bias" and call.kind in ("linear", "transposed")):
         product = gradient.to(wide)
         if name == "weight":
-            with torch.no_grad():
-                factor = _with(call.module, call.args, call.kwargs, 1.0)
-                factor = factor - _with(call.module, call.args, call.kwargs, 0.0)
-            product = product * factor.to(wide)
+            product = _scaled(call, wide).mul_(product)
         return product.reshape(call.samples, -1, *shape).sum(1)
     if call.kind in ("linear", "transposed"):
         return matrices(call, gradient)
     if call.kind == "embedding":
         return _dense(call, gradient, shape)
     return _by_autograd(call, name, gradient, wide)
+
+
+def _scaled(call: Call, wide: torch.dtype) -> Tensor:
+    """What every element of a module's weight, of kind ``scale``, is multiplied by; new."""
+    module = call.module
+    with torch.no_grad():
+        if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
+            return layer_norm(call.args[0].to(wide), module.normalized_shape, eps=module.eps)
+        return (_with(module, call.args, call.kwargs, 1.0) - _with(module, call.args, call.kwargs, 0.0)).to(
+            wide
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """What gives every sample's gradient of the matrix of a linear module.
+
+    Attributes:
+        name: The parameter's name in the model.
+        call: The module's run.
+        gradient: That of the samples' summed losses by the module's output.
+    """
+
+    name: str
+    call: Call
+    gradient: Tensor
 
 
 def matrices(call: Call, gradient: Tensor) -> Iterator[Tensor]:

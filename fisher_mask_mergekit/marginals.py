@@ -1,16 +1,24 @@
 """Sums over rows and over columns of the squares of every sample's gradients, without the gradients where that is less work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fisher_mask_mergekit.factors import Split
-from fisher_mask_mergekit.layer_gradients import Call
+from fisher_mask_mergekit.layer_gradients import Product
 
 _CHUNK = 2**18
 """Elements that are made at a time on a processor, whose cache they fit in; elsewhere many times more."""
+
+_GLANCE = 8
+"""Elements of a token's gradient, in one sample, that are looked at first."""
+
+_WORTH_TAKING = 0.8
+"""The tokens that a gradient reaches are taken out of the others where they are less than this share."""
 
 
 def row_axes(model: nn.Module) -> dict[str, int]:
@@ -25,6 +33,28 @@ def row_axes(model: nn.Module) -> dict[str, int]:
         name: 0 if id(parameter) in convolutions else max(0, parameter.ndim - 2)
         for name, parameter in model.named_parameters()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the two matrices whose product a gradient is, ``[B, T, D]``, and what is made of it once for all that it meets."""
+
+    values: Tensor
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Its tokens' products with each other, ``[B, T, T]``."""
+        return self.values @ self.values.mT
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Of its elements, ``[B, T, D]``."""
+        return self.values.square()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Of its tokens, squared: ``[B, T]``."""
+        return self.squares.sum(2)
 
 
 class Marginals:
@@ -73,29 +103,31 @@ class Marginals:
         total[:, split.rows :] += squares.sum(1)
 
     def add_matrices(
-        self, name: str, total: Tensor, call: Call, gradient: Tensor, weight: Tensor | None
+        self, products: Sequence[Product], totals: Sequence[Tensor], weight: Tensor | None
     ) -> None:
-        """A linear module's matrix, several samples at a time."""
-        split = self._splits[name]
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        each = len(gradient) // call.samples
-        tokens = gradient[:each].numel() // gradient.shape[-1]
-        step = _samples_at_a_time(tokens, split, gradient.device.type, by_token=self._by_token)
+        """Linear modules' matrices, several samples at a time; what the modules were given is looked at once."""
+        call, like = products[0].call, products[0].gradient
+        wide = torch.promote_types(like.dtype, torch.float32)
+        each = len(like) // call.samples
+        tokens = like[:each].numel() // like.shape[-1]
+        step = min(
+            _samples_at_a_time(tokens, self._splits[one.name], like.device.type, by_token=self._by_token)
+            for one in products
+        )
         for first in range(0, call.samples, step):
             part = slice(first, min(first + step, call.samples))
-            rows = slice(part.start * each, part.stop * each)
-            pair = [
-                value.reshape(part.stop - part.start, -1, value.shape[-1]).to(wide)
-                for value in (gradient[rows], call.given(rows))
-            ]
-            pair = pair if self._by_token else _reached(*pair)
-            left, right = pair[::-1] if call.kind == "transposed" else pair
+            rows, count = slice(part.start * each, part.stop * each), part.stop - part.start
+            given = Side(call.given(rows).reshape(count, tokens, -1).to(wide))
             factor = None if weight is None else weight[part, None]
-            if self._by_token:
-                total[0] += torch.cat(token_marginals(left, right, factor)).to(total.dtype)
-                continue
-            sums = torch.cat(marginals(left, right), 1).to(total.dtype)
-            total[0] += (sums if factor is None else sums * factor).sum(0)
+            for one, total in zip(products, totals, strict=True):
+                pair = Side(one.gradient[rows].reshape(count, tokens, -1).to(wide)), given
+                pair = pair if self._by_token else _reached(*pair)
+                left, right = pair[::-1] if one.call.kind == "transposed" else pair
+                if self._by_token:
+                    total[0] += torch.cat(token_marginals(left, right, factor)).to(total.dtype)
+                    continue
+                sums = torch.cat(marginals(left, right), 1).to(total.dtype)
+                total[0] += (sums if factor is None else sums * factor).sum(0)
 
     def add_rows(
         self,
@@ -121,12 +153,14 @@ def _samples_at_a_time(tokens: int, split: Split, device: str, *, by_token: bool
     return max(1, (_CHUNK if device == "cpu" else _CHUNK * 2**6) // max(1, each))
 
 
-def _reached(gradient: Tensor, given: Tensor) -> list[Tensor]:
-    """Both without the tokens that no gradient reaches: padding, and of a last layer perhaps all but one."""
-    there = torch.linalg.vector_norm(gradient, dim=2).amax(0).nonzero().flatten()
-    if len(there) == gradient.shape[1]:
-        return [gradient, given]
-    return [gradient[:, there], given[:, there]]
+def _reached(gradient: Side, given: Side) -> tuple[Side, Side]:
+    """Both without the tokens that no gradient reaches, where those are many: padding, and of a last layer perhaps all but one."""
+    values = gradient.values
+    least = values[0, :, :_GLANCE].abs().amax(1).count_nonzero()
+    if least >= _WORTH_TAKING * values.shape[1]:
+        return gradient, given
+    there = torch.linalg.vector_norm(values, dim=2).amax(0).nonzero().flatten()
+    return Side(values[:, there]), Side(given.values[:, there])
 
 
 def _without(tokens: int, rows: int, columns: int) -> bool:
@@ -134,17 +168,18 @@ def _without(tokens: int, rows: int, columns: int) -> bool:
     return 2 * tokens * (rows + columns) < rows * columns
 
 
-def marginals(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def marginals(left: Side, right: Side) -> tuple[Tensor, Tensor]:
     """Row and column sums ``[B, R]``, ``[B, C]`` of the squares of the products of ``[B, T, R]`` and ``[B, T, C]``."""
-    if not _without(left.shape[1], left.shape[2], right.shape[2]):
-        squares = (left.mT @ right).square_()
+    (_, tokens, rows), columns = left.values.shape, right.values.shape[2]
+    if not _without(tokens, rows, columns):
+        squares = (left.values.mT @ right.values).square_()
         return squares.sum(2), squares.sum(1)
-    rows = ((right @ right.mT) @ left).mul_(left).sum(1)
-    columns = ((left @ left.mT) @ right).mul_(right).sum(1)
-    return rows.clamp_(min=0), columns.clamp_(min=0)  # What is rounded may fall below.
+    above = (right.gram @ left.values).mul_(left.values).sum(1)
+    beside = (left.gram @ right.values).mul_(right.values).sum(1)
+    return above.clamp_(min=0), beside.clamp_(min=0)  # What is rounded may fall below.
 
 
-def token_marginals(left: Tensor, right: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def token_marginals(left: Side, right: Side, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Row and column sums ``[R]``, ``[C]`` of the squares of all tokens' products, each token ``[R]`` and ``[C]`` by itself.
 
     Args:
@@ -152,8 +187,7 @@ def token_marginals(left: Tensor, right: Tensor, weight: Tensor | None = None) -
         right: ``[B, T, C]``.
         weight: Of each sample, ``[B, 1]``.
     """
-    rows, columns = left.square(), right.square()
-    beside, above = columns.sum(2), rows.sum(2)
+    beside, above = right.lengths, left.lengths
     if weight is not None:
         beside, above = beside * weight, above * weight
-    return beside.flatten() @ rows.flatten(0, 1), above.flatten() @ columns.flatten(0, 1)
+    return beside.flatten() @ left.squares.flatten(0, 1), above.flatten() @ right.squares.flatten(0, 1)

@@ -1,12 +1,13 @@
 """What is summed over samples of every parameter's gradients."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.blocks import wide_dtype
-from fisher_mask_mergekit.layer_gradients import Call, matrices
+from fisher_mask_mergekit.layer_gradients import Product, matrices
 
 
 class Summed(Protocol):
@@ -22,9 +23,9 @@ class Summed(Protocol):
         """Add a single sample's gradient, with a weight ``[]``."""
 
     def add_matrices(
-        self, name: str, total: Tensor, call: Call, gradient: Tensor, weight: Tensor | None
+        self, products: Sequence[Product], totals: Sequence[Tensor], weight: Tensor | None
     ) -> None:
-        """Add the gradients of a linear module's matrix, given that of its output."""
+        """Add the gradients of the matrices of linear modules that were given the same."""
 
     def add_rows(
         self,
@@ -57,11 +58,12 @@ class Squares:
         total.addcmul_(gradient, gradient if weight is None else gradient * weight)
 
     def add_matrices(
-        self, name: str, total: Tensor, call: Call, gradient: Tensor, weight: Tensor | None
+        self, products: Sequence[Product], totals: Sequence[Tensor], weight: Tensor | None
     ) -> None:
-        """A linear module's matrix, one sample after the other."""
-        for sample, found in enumerate(matrices(call, gradient)):
-            self.add_one(name, total, found, None if weight is None else weight[sample])
+        """Linear modules' matrices, one sample after the other."""
+        for product, total in zip(products, totals, strict=True):
+            for sample, found in enumerate(matrices(product.call, product.gradient)):
+                self.add_one(product.name, total, found, None if weight is None else weight[sample])
 
     def add_rows(
         self,

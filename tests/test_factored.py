@@ -1,5 +1,6 @@
 """Means of rows and columns of the Fisher information against their definition: the full diagonal, made by autograd."""
 
+from collections import Counter
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from fisher_mask_mergekit.diagonal import diagonal_fisher
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
 from fisher_mask_mergekit.factors import Split
-from fisher_mask_mergekit.marginals import marginals, row_axes
+from fisher_mask_mergekit.layer_gradients import Call
+from fisher_mask_mergekit.marginals import Side, marginals, row_axes
 from tests import tiny
 from tests.families import build
 from tests.naive import naive_diagonal
@@ -105,7 +107,7 @@ def test_with_and_without_the_gradient_it_is_the_same(tokens: int, rows: int, co
     torch.manual_seed(0)
     left, right = (torch.randn(4, tokens, size).double() for size in (rows, columns))
     squares = (left.mT @ right).square()
-    got = marginals(left, right)
+    got = marginals(Side(left), Side(right))
     assert_close(got, (squares.sum(2), squares.sum(1)), rtol=1e-10, atol=1e-10)
 
 
@@ -119,13 +121,62 @@ def test_both_ways_give_the_definition_in_parts_of_a_batch(
     assert_same(measure(model, 7, labels="exact").fisher, naive(model, labels="exact"))
 
 
+class _Aside(nn.Module):
+    """A layer that gives its input to another one too, whose output nobody sees."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.aside = inner, nn.Linear(32, 5).double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.aside(hidden)
+        return self.inner(hidden)
+
+
+@pytest.mark.parametrize("labels", ["data", "exact"])
+def test_a_layer_that_the_loss_does_not_see_keeps_none_waiting_that_is_given_the_same(labels: Any) -> None:
+    model = tiny.classifier("bert").double()
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.key = _Aside(attention.key)
+    got = measure(model, labels=labels)
+    assert not got.one_by_one
+    assert_same(got.fisher, naive(model, labels=labels))
+    assert float(got.fisher["bert.encoder.layer.1.attention.self.key.aside.weight"].sum()) == 0
+
+
+def test_what_several_layers_are_given_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, given = Counter[str](), Call.given
+
+    def counted(call: Call, rows: slice) -> Tensor:
+        made[call.kind] += 1
+        return given(call, rows)
+
+    monkeypatch.setattr(Call, "given", counted)
+    measure(tiny.classifier("bert"), 7)
+    # Of both layers: attention's queries, keys and values, its output, both of the FFN; the pooler and the classifier.
+    assert made == {"linear": 2 * 4 + 2}
+
+
+def test_tokens_that_no_gradient_reaches_are_left_out_where_they_are_many() -> None:
+    torch.manual_seed(0)
+    gradient, given = Side(torch.randn(3, 20, 9)), Side(torch.randn(3, 20, 4))
+    assert module._reached(gradient, given) == (gradient, given)
+    gradient.values[:, 16:] = 0  # Few.
+    assert module._reached(gradient, given) == (gradient, given)
+    gradient.values[:, 2:] = 0
+    gradient.values[1, 5, 8] = 1  # Nothing of it where one looks first.
+    left, right = module._reached(gradient, given)
+    for got, side in ((left, gradient), (right, given)):
+        assert_close(got.values, side.values[:, [0, 1, 5]], rtol=0, atol=0)
+
+
 def test_sums_that_cancel_are_never_negative() -> None:
     """Tokens that are alike, and whose gradients add up to nothing: all that is left is what was rounded."""
     torch.manual_seed(0)
     right = torch.randn(1, 1, 600).expand(1, 8, 600) * 1000
     left = torch.randn(1, 8, 600)
     left = left - left.mean(1, keepdim=True)
-    for sums in marginals(left, right):
+    for sums in marginals(Side(left), Side(right)):
         assert float(sums.min()) >= 0
 
 
