@@ -21,6 +21,7 @@ from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.partial_sums import EVERY, PartialSums
 from fisher_mask_mergekit.processes import ALONE, Processes
 from fisher_mask_mergekit.request import device_name, request_of, versions
+from fisher_mask_mergekit.settings import RANDOM
 from fisher_mask_mergekit.sidecar import Measurement
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch
@@ -290,7 +291,7 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
             f"{drawn - metadata.samples} of {drawn} samples held nothing to predict within {metadata.max_length} tokens "
             "and were left out"
         )
-    if metadata.truncated:
+    if metadata.truncated and metadata.settings.data != RANDOM:  # Random tokens are none the worse for it.
         notes.append(
             f"{metadata.truncated} of {metadata.samples} samples were longer than {metadata.max_length} tokens and were "
             "truncated"

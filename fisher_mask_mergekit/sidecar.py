@@ -22,7 +22,7 @@ from torch import Tensor
 from fisher_mask_mergekit.errors import SidecarError, SidecarShareError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, probe
 from fisher_mask_mergekit.seal import seal, unseal
-from fisher_mask_mergekit.settings import FisherSettings
+from fisher_mask_mergekit.settings import RANDOM, FisherSettings
 from fisher_mask_mergekit.shown import one_line
 from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Positive, Site
 from fisher_mask_mergekit.store import write_whole
@@ -123,6 +123,14 @@ class Measurement(Record):
         return f"'{one_line(self.checkpoint)}'" + (
             f" (revision {self.revision[:7]})" if self.revision else ""
         )
+
+    @property
+    def described_data(self) -> str:
+        """Where the samples were drawn from, for people; one line where the name is."""
+        if self.settings.data == RANDOM:
+            return "random tokens"
+        commit = f" at {self.data.revision[:7]}" if self.data.revision else ""
+        return f"{self.settings.data}{commit}, split {self.data.split}, {self.data.rows} rows"
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

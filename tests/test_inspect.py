@@ -44,7 +44,7 @@ def test_a_sidecars_metadata_and_statistics(pair: tuple[Path, Path]) -> None:
     text = inspect(path)
     for part in (
         "checkpoint  somebody/bert-sst2 at 95f0f6f", "class       BertForSequenceClassification",
-        "task        sequence-classification", "data        glue:sst2, train, 9 rows",
+        "task        sequence-classification", "data        glue:sst2, split train, 9 rows",
         "samples     9, seed 0, at most 40 tokens each (0 were longer)", "estimator   sample, labels data, neuron masks post",
         "loss        0.7000 nats, mean over a sample's predictions; accuracy 0.500", "measured    2026-01-01T00:00:00+00:00 on cpu, weights in float32",
         "versions    torch 2",

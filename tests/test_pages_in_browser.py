@@ -255,5 +255,5 @@ def test_a_screen_reader_is_told_what_there_is(driver: Any, pages: dict[str, Pat
 def test_the_panel_shows_what_was_measured(driver: Any, pages: dict[str, Path]) -> None:
     open_page(driver, pages["recipe"])
     script = "return [...document.querySelectorAll('#model-1 dd')].map(part => part.textContent)"
-    assert "glue:sst2, train, 9 rows" in ask(driver, script)
+    assert "glue:sst2, split train, 9 rows" in ask(driver, script)
     assert read(pages["recipe"].parent / "one" / BESIDE).source in ask(driver, script)

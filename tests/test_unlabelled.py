@@ -173,13 +173,17 @@ def test_every_kind_is_measured_without_labels(tmp_path: Path, kind: Any) -> Non
 
 def test_a_sidecar_of_random_tokens_is_served_verified_and_reproduced(tmp_path: Path) -> None:
     folder = tiny.checkpoint(tmp_path / "model")
-    options = ["--data", "random", "--labels", "sampled", "--samples", "6"]
-    assert "6 samples, loss" in (first := run("compute", folder, *options).stdout), first
+    options = ["--data", "random", "--labels", "sampled", "--samples", "6", "--max-length", "16"]
+    done = run("compute", folder, *options)
+    assert "6 samples, loss" in done.stdout
+    assert "truncated" not in done.output
     assert "measured before" in run("compute", folder, *options).stdout
     sidecar = folder / "fisher" / "mask_fisher.safetensors"
     verify: list[Any] = ["verify", sidecar, "--model", folder, "--recompute", "6"]
     assert "ok: numbers: " in run(*verify).stdout
-    assert "--data random" in run("inspect", sidecar).stdout
+    shown = run("inspect", sidecar).stdout
+    assert "data        random tokens\n" in shown
+    assert "--data random" in shown
     reordered_vocabulary(folder / "tokenizer.json")
     refused = run(*verify, code=1).output
     assert "the random tokens are not those that were measured" in refused

@@ -142,14 +142,13 @@ def sidecar_lines(sidecar: AnySidecar) -> Iterator[str]:
 def metadata_fields(metadata: Measurement) -> dict[str, str]:
     """What was measured and how, for people."""
     settings, data = metadata.settings, metadata.data
-    commit = f" at {data.revision[:7]}" if data.revision else ""
     accuracy = "" if metadata.accuracy is None else f"; accuracy {metadata.accuracy:.3f}"
     share = f" (share {settings.share} of those drawn)" if settings.share else ""
     fields = {
         "checkpoint": metadata.checkpoint + (f" at {metadata.revision[:7]}" if metadata.revision else ""),
         "class": metadata.architecture,
         "task": metadata.task,
-        "data": f"{settings.data}, {data.split}{commit}, {data.rows} rows",
+        "data": metadata.described_data,
         "samples": f"{metadata.samples}{share}, seed {settings.seed}, at most {metadata.max_length} tokens each "
         f"({metadata.truncated} were longer)",
         "estimator": f"{settings.estimator}, labels {settings.labels}, neuron masks {settings.mask_placement}",

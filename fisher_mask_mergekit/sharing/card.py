@@ -30,11 +30,10 @@ def describe(metadata: Metadata, repo: str, path: str, *, is_beside: bool) -> st
         path: Where in it.
         is_beside: Whether the repository is the checkpoint's own, where a merge finds it by itself.
     """
-    data, settings = metadata.data, metadata.settings
-    commit = f" ({data.revision[:7]})" if data.revision else ""
+    settings = metadata.settings
     rows = {
         "checkpoint": metadata.described_checkpoint.replace("'", ""),
-        "data": f"{settings.data}{commit}, split {data.split}, {data.rows} rows",
+        "data": metadata.described_data,
         "samples": f"{metadata.samples}, drawn by seed {settings.seed}, {metadata.max_length} tokens at most",
         "task": metadata.task,
         "accuracy on them": "none" if metadata.accuracy is None else f"{metadata.accuracy:.3f}",
