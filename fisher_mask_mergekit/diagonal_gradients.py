@@ -27,6 +27,9 @@ from fisher_mask_mergekit.summed import Summed
 from fisher_mask_mergekit.tally import Tally
 from fisher_mask_mergekit.tasks import Batch, Likelihood, Task
 
+_MOST_ALIKE = 4
+"""Modules of the same input that wait for each other, and keep the gradients of what they gave meanwhile."""
+
 
 @dataclass
 class _Alike:
@@ -65,7 +68,7 @@ class DiagonalGradients:
     _kinds: dict[nn.Module, Kind] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
     _arrived: dict[str, list[tuple[Call, str, Tensor]]] = field(default_factory=dict)
-    _alike: dict[Node, _Alike] = field(default_factory=dict)
+    _alike: dict[tuple[Node, int], _Alike] = field(default_factory=dict)
     _rows: int | None = None
     _weight: Tensor | None = None
     _hooks: ExitStack = field(default_factory=ExitStack)
@@ -134,8 +137,6 @@ class DiagonalGradients:
         loss.backward(retain_graph=again)
         for name in list(self._arrived):  # Of runs that the loss does not see, nothing arrives.
             self._add(name)
-        if not again:
-            self._forget()
 
     def overflowed(self) -> bool:
         """What a backward pass gave is in the sums: no loss is scaled."""
@@ -145,7 +146,8 @@ class DiagonalGradients:
         """Never asked for."""
 
     def keep(self) -> None:
-        """Everything was added as it came."""
+        """Everything was added as it came; the graph may go."""
+        self._forget()
 
     def can_forget(self) -> bool:
         """What a backward pass gave is in the sums: a copy of them would double the memory."""
@@ -201,13 +203,13 @@ class DiagonalGradients:
         return Call(module, kind, self.samples, args, kwargs), output
 
     def _note(self, call: Call) -> None:
-        """A run, where its input is to be made again: of several of the same input, only once."""
+        """A linear module's run: of several with the same input, that is looked at only once."""
         if call.source is None:
             return
         if call.source not in self._alike:
             alike = self._alike[call.source] = _Alike()
-            # The last moment that the input can be made, if the loss does not see all of them.
-            call.source.register_prehook(lambda _: self._add_alike(alike))
+            # If the loss does not see all of them, this is the last moment that the input can be made.
+            call.source[0].register_prehook(lambda _: self._add_alike(alike))
         self._alike[call.source].count += 1
 
     def _forget(self) -> None:
@@ -256,11 +258,11 @@ class DiagonalGradients:
                 self.summed.add_one(name, total, sum(parts[1:], start=parts[0]), factor)
 
     def _add_product(self, product: Product) -> None:
-        """Add a linear module's, once what was given the same has arrived too."""
+        """Add a linear module's, once what was given the same has arrived too; no more than a few wait."""
         source = product.call.source
         alike = _Alike(1) if source is None else self._alike[source]
         alike.arrived.append(product)
-        if len(alike.arrived) == alike.count:
+        if len(alike.arrived) == min(alike.count, _MOST_ALIKE):
             self._add_alike(alike)
 
     @torch.no_grad()

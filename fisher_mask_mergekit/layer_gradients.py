@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class Call:
         args: What it was given.
         kwargs: Likewise.
         remake: If not None, makes its only argument again, which is then not kept.
-        source: The operation that gave that argument: where calls have the same, they were given the same.
+        source: The operation that gave its only argument, and which of its results that is, if it is a linear module's:
+            where calls have the same, they were given the same.
         versions: Of its tensor arguments: how often each had been changed in place.
     """
 
@@ -38,7 +39,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     remake: Remake | None = None
-    source: Node | None = None
+    source: tuple[Node, int] | None = None
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,21 +55,22 @@ class Call:
         return first
 
     def lean(self, given: Any) -> "Call":
-        """The same without its input, where a linear module's can be made again as long as its graph is there.
+        """The same with its source, and without its input where that can be made again as long as its graph is there.
 
         Args:
             given: The input, as part of the graph.
         """
         # What was changed in place, no operation's own result is.
-        fresh = self.kind in ("linear", "transposed") and given._version == 0
-        remake = remake_of(given) if fresh else None
-        return (
-            self if remake is None else replace(self, args=(), kwargs={}, remake=remake, source=given.grad_fn)
-        )
+        if self.kind not in ("linear", "transposed") or given._version or given.grad_fn is None:
+            return self
+        known = replace(self, source=(given.grad_fn, given.output_nr))
+        remake = remake_of(given)
+        return known if remake is None else replace(known, args=(), kwargs={}, remake=remake)
 
     def kept(self) -> "Call":
         """The same for when the graph is gone."""
-        return self if self.remake is None else replace(self, args=(self.given(),), remake=None, source=None)
+        known = replace(self, source=None)
+        return known if self.remake is None else replace(known, args=(self.given(),), remake=None)
 
     def is_intact(self) -> bool:
         """Whether its tensor arguments are still what they were."""
@@ -100,7 +102,7 @@ def kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     own = own_parameters(module)
     if "weight" not in own or own.keys() - {"weight", "bias"} or not args:
         return "other"
-    if forward is nn.LayerNorm.forward:
+    if _is_layer_norm(module):
         return "scale"
     shape = own["weight"].shape
     fits = output.shape[output.ndim - len(shape) :] == shape and output.ndim > len(shape)
@@ -161,11 +163,17 @@ def _scaled(call: Call, wide: torch.dtype) -> Tensor:
     """What every element of a module's weight, of kind ``scale``, is multiplied by; new."""
     module = call.module
     with torch.no_grad():
-        if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
+        if _is_layer_norm(module):
             return layer_norm(call.args[0].to(wide), module.normalized_shape, eps=module.eps)
         return (_with(module, call.args, call.kwargs, 1.0) - _with(module, call.args, call.kwargs, 0.0)).to(
             wide
         )
+
+
+def _is_layer_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether it is one, and gives nothing else: by a method of its own, or by a hook beside the one that measures."""
+    plain = type(module).forward is nn.LayerNorm.forward and "forward" not in vars(module)
+    return plain and len(module._forward_hooks) <= 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,12 +191,12 @@ class Product:
     gradient: Tensor
 
 
-def matrices(call: Call, gradient: Tensor) -> Iterator[Tensor]:
-    """Every sample's gradient of the matrix of a linear module, one after the other."""
+def matrices(call: Call, gradient: Tensor, given: Tensor | None = None) -> Iterator[Tensor]:
+    """Every sample's gradient of the matrix of a linear module, one after the other; its input is made, if it is not given."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    rows = zip(call.given().chunk(call.samples), gradient.chunk(call.samples), strict=True)
-    for given, backward in rows:
-        x, g = given.flatten(0, -2).to(wide), backward.flatten(0, -2).to(wide)
+    given = call.given() if given is None else given
+    for one, backward in zip(given.chunk(call.samples), gradient.chunk(call.samples), strict=True):
+        x, g = one.flatten(0, -2).to(wide), backward.flatten(0, -2).to(wide)
         yield x.T @ g if call.kind == "transposed" else g.T @ x
 
 

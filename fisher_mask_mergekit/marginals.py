@@ -117,10 +117,10 @@ class Marginals:
         for first in range(0, call.samples, step):
             part = slice(first, min(first + step, call.samples))
             rows, count = slice(part.start * each, part.stop * each), part.stop - part.start
-            given = Side(call.given(rows).reshape(count, tokens, -1).to(wide))
+            given = _side(call.given(rows), count, tokens, wide)
             factor = None if weight is None else weight[part, None]
             for one, total in zip(products, totals, strict=True):
-                pair = Side(one.gradient[rows].reshape(count, tokens, -1).to(wide)), given
+                pair = _side(one.gradient[rows], count, tokens, wide), given
                 pair = pair if self._by_token else _reached(*pair)
                 left, right = pair[::-1] if one.call.kind == "transposed" else pair
                 if self._by_token:
@@ -153,6 +153,11 @@ def _samples_at_a_time(tokens: int, split: Split, device: str, *, by_token: bool
     return max(1, (_CHUNK if device == "cpu" else _CHUNK * 2**6) // max(1, each))
 
 
+def _side(values: Tensor, samples: int, tokens: int, wide: torch.dtype) -> Side:
+    """Of rows of one sample after the other."""
+    return Side(values.reshape(samples, tokens, values.shape[-1]).to(wide))
+
+
 def _reached(gradient: Side, given: Side) -> tuple[Side, Side]:
     """Both without the tokens that no gradient reaches, where those are many: padding, and of a last layer perhaps all but one."""
     values = gradient.values
@@ -160,6 +165,8 @@ def _reached(gradient: Side, given: Side) -> tuple[Side, Side]:
     if least >= _WORTH_TAKING * values.shape[1]:
         return gradient, given
     there = torch.linalg.vector_norm(values, dim=2).amax(0).nonzero().flatten()
+    if len(there) >= _WORTH_TAKING * values.shape[1]:
+        return gradient, given
     return Side(values[:, there]), Side(given.values[:, there])
 
 

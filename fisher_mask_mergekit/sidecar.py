@@ -126,7 +126,7 @@ class Measurement(Record):
 
     @property
     def described_data(self) -> str:
-        """Where the samples were drawn from, for people; one line where the name is."""
+        """Where the samples were drawn from, for people."""
         if self.settings.data == RANDOM:
             return "random tokens"
         commit = f" at {self.data.revision[:7]}" if self.data.revision else ""

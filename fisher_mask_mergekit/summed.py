@@ -61,8 +61,9 @@ class Squares:
         self, products: Sequence[Product], totals: Sequence[Tensor], weight: Tensor | None
     ) -> None:
         """Linear modules' matrices, one sample after the other."""
+        given = products[0].call.given()
         for product, total in zip(products, totals, strict=True):
-            for sample, found in enumerate(matrices(product.call, product.gradient)):
+            for sample, found in enumerate(matrices(product.call, product.gradient, given)):
                 self.add_one(product.name, total, found, None if weight is None else weight[sample])
 
     def add_rows(

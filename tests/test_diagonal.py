@@ -227,6 +227,22 @@ class _Odd(nn.Module):
         return hidden * torch.softmax(self.weight, -1) + self.bias.square()
 
 
+@pytest.mark.parametrize("how", ["method", "hook", "subclass"])
+def test_a_layer_norm_that_gives_something_else_is_measured_as_it_is(how: str) -> None:
+    model = tiny.classifier("bert").double()
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    plain = type(norm).forward
+    if how == "method":
+        norm.forward = lambda hidden: plain(norm, hidden) * norm.weight
+    elif how == "hook":
+        norm.register_forward_hook(lambda module, args, output: output * 3)
+    else:
+        norm.__class__ = type(
+            "Tripled", (nn.LayerNorm,), {"forward": lambda self, hidden: plain(self, hidden * 3)}
+        )
+    assert_same(measure(model).fisher, naive(model))
+
+
 def test_a_module_that_only_looks_like_a_norm_is_left_to_autograd() -> None:
     model = tiny.classifier("bert").double()
     model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _Odd())

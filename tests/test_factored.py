@@ -1,5 +1,6 @@
 """Means of rows and columns of the Fisher information against their definition: the full diagonal, made by autograd."""
 
+import weakref
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -9,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
+from fisher_mask_mergekit import diagonal_gradients
 from fisher_mask_mergekit import marginals as module
 from fisher_mask_mergekit.diagonal import diagonal_fisher
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
 from fisher_mask_mergekit.factors import Split
 from fisher_mask_mergekit.layer_gradients import Call
-from fisher_mask_mergekit.marginals import Side, marginals, row_axes
+from fisher_mask_mergekit.marginals import Marginals, Side, marginals, row_axes
 from tests import tiny
 from tests.families import build
 from tests.naive import naive_diagonal
@@ -138,10 +141,78 @@ def test_a_layer_that_the_loss_does_not_see_keeps_none_waiting_that_is_given_the
     model = tiny.classifier("bert").double()
     attention = model.bert.encoder.layer[1].attention.self
     attention.key = _Aside(attention.key)
+    attention.value = Conv1D(32, 32).double()
     got = measure(model, labels=labels)
     assert not got.one_by_one
     assert_same(got.fisher, naive(model, labels=labels))
     assert float(got.fisher["bert.encoder.layer.1.attention.self.key.aside.weight"].sum()) == 0
+
+
+class _Saved:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_no_graph_outlives_its_batch() -> None:
+    model = tiny.classifier("bert").double()
+    saved: list[weakref.ref[_Saved]] = []
+    alive: list[int] = []
+
+    def pack(tensor: Tensor) -> _Saved:
+        kept = _Saved(tensor.detach())  # Else what an operation gave would hold the operation.
+        saved.append(weakref.ref(kept))
+        return kept
+
+    def count(*_: Any) -> None:
+        alive.append(sum(one() is not None for one in saved))
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        factored_fisher(model, tiny.batches(tiny.samples(7), 3), tiny.TASK, labels="exact", on_batch=count)
+    assert saved
+    assert alive == [0] * 3
+
+
+def test_a_layer_that_is_given_no_tokens_has_no_gradient() -> None:
+    model = tiny.classifier("bert").double()
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.key = _Empty(attention.key)
+    assert_same(measure(model).fisher, naive(model))
+
+
+class _Empty(nn.Module):
+    """A layer that also runs another one on none of its tokens, and adds what that gives."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.unhit = inner, nn.Linear(32, 32).double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found = self.inner(hidden)
+        return torch.cat((found, self.unhit(hidden[:, :0])), 1)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_several_layers_are_given_is_looked_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: Counter[int] = Counter()
+    add = Marginals.add_matrices
+
+    def counted(self: Marginals, products: Any, *rest: Any) -> None:
+        together[len(products)] += 1
+        add(self, products, *rest)
+
+    monkeypatch.setattr(Marginals, "add_matrices", counted)
+    measure(tiny.classifier(name), 7)
+    # Of both layers: queries, keys and values; what is alone in what it is given; of llama gate and up.
+    assert together == ({3: 2, 1: 2 * 3 + 2} if name == "bert" else {3: 2, 2: 2, 1: 2 * 2 + 1})
+
+
+def test_no_more_than_a_few_layers_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.classifier("bert").double()
+    wanted = measure(model).fisher
+    monkeypatch.setattr(diagonal_gradients, "_MOST_ALIKE", 2)
+    assert_same(measure(model).fisher, wanted)
 
 
 def test_what_several_layers_are_given_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
