@@ -177,13 +177,12 @@ def _without(tokens: int, rows: int, columns: int) -> bool:
 
 def marginals(left: Side, right: Side) -> tuple[Tensor, Tensor]:
     """Row and column sums ``[B, R]``, ``[B, C]`` of the squares of the products of ``[B, T, R]`` and ``[B, T, C]``."""
-    (_, tokens, rows), columns = left.values.shape, right.values.shape[2]
-    if not _without(tokens, rows, columns):
+    if not _without(left.values.shape[1], left.values.shape[2], right.values.shape[2]):
         squares = (left.values.mT @ right.values).square_()
         return squares.sum(2), squares.sum(1)
-    above = (right.gram @ left.values).mul_(left.values).sum(1)
-    beside = (left.gram @ right.values).mul_(right.values).sum(1)
-    return above.clamp_(min=0), beside.clamp_(min=0)  # What is rounded may fall below.
+    rows = (right.gram @ left.values).mul_(left.values).sum(1)
+    columns = (left.gram @ right.values).mul_(right.values).sum(1)
+    return rows.clamp_(min=0), columns.clamp_(min=0)  # What is rounded may fall below.
 
 
 def token_marginals(left: Side, right: Side, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

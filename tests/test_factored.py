@@ -193,26 +193,36 @@ class _Empty(nn.Module):
         return torch.cat((found, self.unhit(hidden[:, :0])), 1)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_what_several_layers_are_given_is_looked_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    together: Counter[int] = Counter()
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How many linear layers were added at once, and how often."""
+    counted: Counter[int] = Counter()
     add = Marginals.add_matrices
 
-    def counted(self: Marginals, products: Any, *rest: Any) -> None:
-        together[len(products)] += 1
+    def counting(self: Marginals, products: Any, *rest: Any) -> None:
+        counted[len(products)] += 1
         add(self, products, *rest)
 
-    monkeypatch.setattr(Marginals, "add_matrices", counted)
+    monkeypatch.setattr(Marginals, "add_matrices", counting)
+    return counted
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_several_layers_are_given_is_looked_at_once(name: str, together: Counter[int]) -> None:
     measure(tiny.classifier(name), 7)
     # Of both layers: queries, keys and values; what is alone in what it is given; of llama gate and up.
     assert together == ({3: 2, 1: 2 * 3 + 2} if name == "bert" else {3: 2, 2: 2, 1: 2 * 2 + 1})
 
 
-def test_no_more_than_a_few_layers_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_a_few_layers_wait_for_each_other(
+    together: Counter[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny.classifier("bert").double()
-    wanted = measure(model).fisher
+    wanted = measure(model, 7).fisher
+    together.clear()
     monkeypatch.setattr(diagonal_gradients, "_MOST_ALIKE", 2)
-    assert_same(measure(model).fisher, wanted)
+    assert_same(measure(model, 7).fisher, wanted)
+    assert together == {2: 2, 1: 2 * 4 + 2}
 
 
 def test_what_several_layers_are_given_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
