@@ -1,23 +1,26 @@
 """Which setting is best: every pair of a recipe's checkpoints, merged with each setting of ``fisher_mask``.
 
     python benchmarks/choices.py RECIPE --work FOLDER --short RECIPE
+    python benchmarks/choices.py RECIPE --work FOLDER --short RECIPE --nodes all --parent FOLDER
 
 One setting at a time departs from the default (128 samples, ``estimator: sample``, ``mask_placement: post``, ``labels: data``,
 ``unmasked: average``, seed 0), each with ``normalize: none`` and ``normalize: model``. Then what should not decide a merge, but
 may: one model of a pair measured on 16 samples, the other on 512; and a model that was trained for a short while (those of
-``--short``), so that its loss and its Fisher information are large, beside one trained to the end. Writes
-``choices.json`` and ``choices.md`` into the work folder.
+``--short``), so that its loss and its Fisher information are large, beside one trained to the end. With ``--nodes all`` the same
+of what goes by columns, and by rows and columns, without and with the models' parent. Writes ``choices.json`` and
+``choices.md`` into the work folder.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
 import summary
 from compare import arguments, bench, compare, with_settings, write
-from ways import AVERAGE, MOST_EXACT, Way, mask
+from ways import AVERAGE, MOST_EXACT, Way, factored, from_parent, mask, normalized
 
 from fisher_mask_mergekit.evaluation.plan import Subject
 from fisher_mask_mergekit.evaluation.table import aligned
@@ -39,8 +42,35 @@ CROSSED = ("mask_placement pre", "estimator batch")
 """What is tried between unequal models too, beside ``normalize`` and ``unmasked``."""
 UNMASKED = ("layer", "universal")
 
+BALANCE = ("none", "model", "tensor")
+COLUMNS, ALL = mask("columns", {"nodes": "columns"}), factored("all")
+FROM_PARENT = from_parent(ALL, 1)
+BALANCED = (
+    AVERAGE,
+    *(normalized(way, kind) for way in (COLUMNS, ALL) for kind in BALANCE),
+    from_parent(mask("masks"), 1),
+    from_parent(COLUMNS, 1),
+    FROM_PARENT,
+    normalized(FROM_PARENT, "model"),
+)
+PRIORS = (0.3, 3, 10)
+CHANGED_ALL = {"estimator token": {"estimator": "token"}} | {
+    name: how for name, how in CHANGED.items() if name not in CROSSED
+}
 
-def one_at_a_time(changed: Mapping[str, dict[str, Any]]) -> list[Way]:
+
+def ways_of(nodes: str) -> tuple[Sequence[Way], Sequence[Way]]:
+    """What is tried between models that are alike, and what between models that are not."""
+    if nodes == "paper":
+        return by_masks(CHANGED), by_masks({name: CHANGED[name] for name in CROSSED})
+    changed = [
+        replace(FROM_PARENT, name=f"{FROM_PARENT.name}, {name}", measured={"kind": "factored", **how})
+        for name, how in CHANGED_ALL.items()
+    ]
+    return [*BALANCED, *(from_parent(ALL, prior) for prior in PRIORS), *changed], BALANCED
+
+
+def by_masks(changed: Mapping[str, dict[str, Any]]) -> list[Way]:
     """The default, and everything that departs from it in one setting."""
     ways = list(PLAIN)
     for kind in NORMALIZE[:2]:
@@ -78,21 +108,24 @@ def markdown(record: Mapping[str, Any]) -> dict[str, str]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--short", type=Path, help="a recipe of models trained for a short while")
+    parser.add_argument(
+        "--nodes", choices=("paper", "all"), default="paper", help="what merges go by [default: %(default)s]"
+    )
     given = parser.parse_args()
     setting = bench(given)
     whole = setting.subjects
-    apart = one_at_a_time({name: CHANGED[name] for name in CROSSED})
+    alike, unlike = ways_of(given.nodes)
+    start = "" if given.nodes == "paper" else "Rows and columns: "
     sections = {
-        "One setting at a time": compare(setting, list(combinations(whole, 2)), one_at_a_time(CHANGED)),
-        f"One model measured on {FEW} samples, the other on {MANY}": compare(
-            setting, unequal_samples(whole), apart
+        f"{start}One setting at a time": compare(setting, list(combinations(whole, 2)), alike),
+        f"{start}One model measured on {FEW} samples, the other on {MANY}": compare(
+            setting, unequal_samples(whole), unlike
         ),
     }
     if given.short:
         short = bench(argparse.Namespace(**vars(given) | {"recipe": given.short, "models": None})).subjects
-        sections["One model trained for a short while"] = compare(
-            setting, unequal_losses(short, whole), apart
-        )
+        pairs = unequal_losses(short, whole)
+        sections[f"{start}One model trained for a short while"] = compare(setting, pairs, unlike)
     record = {**setting.facts(), "records": sections}
     write(given.work / "choices", record, markdown)
 

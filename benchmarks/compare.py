@@ -104,6 +104,23 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Let a comparison be told what other runs of it wrote."""
+    parser.add_argument(
+        "--add",
+        type=Path,
+        action="append",
+        default=[],
+        help="the JSON of runs of before, of models that other seeds trained for the same tasks, to put in front; may be repeated",
+    )
+
+
+def with_runs(given: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The runs of before, and this one, as they are written down."""
+    before = [run for file in given.add for run in json.loads(file.read_text())["runs"]]
+    return {"runs": [*before, own]}
+
+
 def bench(given: argparse.Namespace) -> Bench:
     """What was asked for, looked into."""
     transformers.utils.logging.disable_progress_bar()
@@ -231,28 +248,36 @@ def _no_progress(name: str) -> Iterator[tuple[Callable[[int], None], Callable[[A
 def _merge(setting: Bench, group: Sequence[Subject], way: Way) -> Merge:
     """In memory, by mergekit."""
     torch.manual_seed(0)  # For the methods that draw.
+    encoder, config = merge_in_memory(recipe_of(setting, group, way), way.name)
+    return Merge(way.name, encoder, config=config)
+
+
+def recipe_of(setting: Bench, group: Sequence[Subject], way: Way) -> dict[str, Any]:
+    """A recipe as mergekit takes it."""
     if way.with_parent and not way.measured:
         document = _parent_recipe(setting, group, way)
     else:
         document = yaml.safe_load(draft_recipe([one.model.name for one in group]))
         sidecars = {one.model.name: sidecar(setting, one, way)[0] for one in group} if way.measured else {}
-        for part in (
-            *document.get("models", ()),
-            *(s for one in document.get("slices", ()) for s in one["sources"]),
-        ):
+        for part in entries(document):
             part["parameters"] = {"weight": 1.0, **way.each}
             if sidecars:
                 part["parameters"]["sidecar"] = str(
-                    next(p for n, p in sidecars.items() if _same(n, part["model"]))
+                    next(p for n, p in sidecars.items() if same(n, part["model"]))
                 )
         if way.with_parent:
             _put_parent(document, str(_same_head(setting, _parent(setting, way))))
-    document |= {"merge_method": way.method, "parameters": dict(way.parameters), "dtype": "float32"}
-    encoder, config = merge_in_memory(document, way.name)
-    return Merge(way.name, encoder, config=config)
+    return document | {"merge_method": way.method, "parameters": dict(way.parameters), "dtype": "float32"}
 
 
-def _same(name: str, written: str) -> bool:
+def entries(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All places of a drafted recipe that name a model to merge."""
+    yield from document.get("models", ())
+    for one in document.get("slices", ()):
+        yield from one["sources"]
+
+
+def same(name: str, written: str) -> bool:
     """A draft names folders by their absolute path."""
     return written in (name, str(Path(name).resolve()))
 

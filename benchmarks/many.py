@@ -8,7 +8,6 @@ their papers recommend them untuned. With ``--add many.json`` of another run, of
 its merges count too. Writes ``many.json``, ``many.md`` and ``many.png`` into the work folder.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from itertools import combinations, cycle
@@ -17,7 +16,7 @@ from random import Random
 from typing import Any
 
 import summary
-from compare import arguments, bench, compare, write
+from compare import add_runs, arguments, bench, compare, with_runs, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ways import AVERAGE, WITHOUT_DATA, diagonal, factored, from_parent, mask
@@ -104,13 +103,7 @@ def main() -> None:
         default="2,3,4,5,6",
         help="how many models at a time; 3:8 draws eight of the combinations of three [default: %(default)s]",
     )
-    parser.add_argument(
-        "--add",
-        type=Path,
-        action="append",
-        default=[],
-        help="a run of before to put in front; may be repeated",
-    )
+    add_runs(parser)
     given = parser.parse_args()
     setting = bench(given)
     records = {}
@@ -120,8 +113,7 @@ def main() -> None:
         groups = Random(0).sample(groups, min(int(most or len(groups)), len(groups)))
         if groups:
             records[count] = compare(setting, groups, WAYS)
-    before = [run for file in given.add for run in json.loads(file.read_text())["runs"]]
-    record = {"runs": [*before, {**setting.facts(), "records": records}]}
+    record = with_runs(given, {**setting.facts(), "records": records})
     write(given.work / "many", record, markdown)
     draw(record, given.work / "many.png")
 

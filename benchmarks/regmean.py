@@ -4,7 +4,7 @@
 
 RegMean (Jin et al. 2023, arXiv 2212.09849) merges the matrix of every linear map so that its outputs are closest, in the least
 squares, to each model's own on its own inputs; all else is averaged. What it must know of a model is as large as the matrices'
-squared widths. Writes ``regmean.json`` and ``regmean.md`` into the work folder.
+squared widths. With ``--add regmean.json`` of another run, its pairs count too. Writes ``regmean.json`` and ``regmean.md`` into the work folder.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from typing import Any
 
 import summary
 import torch
-from compare import arguments, bench, compare, write
+from compare import add_runs, arguments, bench, compare, with_runs, write
 from torch import Tensor, nn
 from ways import AVERAGE, Way, factored, from_parent
 
@@ -108,16 +108,19 @@ class RegMean:
 
 def markdown(record: Mapping[str, Any]) -> dict[str, str]:
     """The table, by title, of what was written to ``regmean.json``."""
-    found = record["records"]
+    found = [one for run in record["runs"] for one in run["records"]]
     return {f"RegMean, {len(found)} pairs": aligned(summary.rows(summary.summaries(found)))}
 
 
 def main() -> None:
-    given = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    add_runs(parser)
+    given = parser.parse_args()
     setting = bench(given)
     pairs = list(combinations(setting.subjects, 2))
     found = compare(setting, pairs, WAYS, {REGMEAN.name: RegMean(setting.device)})
-    write(given.work / "regmean", {**setting.facts(), "records": found}, markdown)
+    record = with_runs(given, {**setting.facts(), "records": found})
+    write(given.work / "regmean", record, markdown)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,13 @@ def factored(name: str, parameters: Mapping[str, Any] | None = None, **measured:
     )
 
 
+def normalized(way: Way, kind: str) -> Way:
+    """The same with ``normalize``."""
+    return replace(
+        way, name=f"{way.name}, normalize {kind}", parameters={**way.parameters, "normalize": kind}
+    )
+
+
 def from_parent(way: Way, prior: float) -> Way:
     """The same from the models' common parent, each tensor's Fisher information over its mean."""
     parameters = {**way.parameters, "normalize": "tensor", "prior": prior}

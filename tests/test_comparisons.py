@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -107,10 +108,19 @@ def test_many_is_what_the_commands_give(
 
 def test_regmean(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script("regmean", "--work", "work", "--parent", "parent", monkeypatch=monkeypatch)
-    found = json.loads(Path("work/regmean.json").read_text())["records"]
+    (run,) = json.loads(Path("work/regmean.json").read_text())["runs"]
+    found = run["records"]
     assert [one["models"] for one in found] == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert found[0]["results"]["merges"] == ["average", "regmean", "all", "all, prior 1"]
     assert "RegMean, 3 pairs:" in Path("work/regmean.md").read_text()
+    Path("work/regmean.json").rename("before.json")
+    arguments = ["--work", "work", "--parent", "parent", "--models", "a,b", "--add", "before.json"]
+    script("regmean", *arguments, monkeypatch=monkeypatch)
+    assert [len(run["records"]) for run in json.loads(Path("work/regmean.json").read_text())["runs"]] == [
+        3,
+        1,
+    ]
+    assert "RegMean, 4 pairs:" in Path("work/regmean.md").read_text()
 
 
 def test_regmean_is_the_least_squares_solution() -> None:
@@ -150,6 +160,39 @@ def test_how_many_samples(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sidecars = [read_any(path).metadata.settings for path in Path("work/sidecars/a").iterdir()]
     drawn = {(one.kind, one.data, one.labels, one.samples, one.seed) for one in sidecars}
     assert len(drawn) == len(sidecars) == 2 * 2 * (2 + 1 + 1)
+
+
+def test_what_tuning_adds(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--work", "work", "--parent", "parent", "--pairs", "1", "--held-back", "4"]
+    script("tuned", *arguments, "--trials", "3", monkeypatch=monkeypatch)
+    found = json.loads(Path("work/tuned.json").read_text())
+    (group,) = found["records"]
+    ways = ["average", "masks, prior 1", "all, prior 1"]
+    assert group["results"]["merges"] == [name for way in ways for name in (way, f"{way}, tuned")]
+    assert (
+        "Tuned by 3 trials on 4 rows of each model's training data, 1 pair:"
+        in Path("work/tuned.md").read_text()
+    )
+    folders = sorted(Path("work/tuned").iterdir())
+    assert len(folders) == 3
+    for folder in folders:
+        # What was merged is what the command finds for the recipe that is kept, and the command knows those trials.
+        trials = json.loads((folder / "tuned.trials.json").read_text())["trials"]
+        assert len(trials) == 3
+        told = run("tune", folder / "recipe.yml", folder / "tuned.yml", "--trials", "3", "--samples", "4", "--metric", "accuracy")  # fmt: skip
+        best = max(trials, key=lambda trial: trial["value"])
+        assert f"trial {best['number']}, the best of 3" in told.stdout
+        # No row that was measured on, or that the table is of, was tried on.
+        recipe = yaml.safe_load((folder / "recipe.yml").read_text())
+        entries = [
+            one for part in recipe.get("slices", [recipe]) for one in part.get("sources", part.get("models"))
+        ]
+        assert {one["fisher"]["eval"] for one in entries if "fisher" in one} == {f"{name}-validation.jsonl" for name in group["models"]}  # fmt: skip
+    # Others are other results.
+    script("tuned", *arguments, "--trials", "2", monkeypatch=monkeypatch)
+    assert len(list(Path("work/results").iterdir())) == 2
+    with pytest.raises(SystemExit):
+        script("tuned", *arguments, "--trials", "0", monkeypatch=monkeypatch)
 
 
 def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +241,19 @@ def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path("work/choices.md").read_text()
     assert all(text.count(f"| normalize {kind}") == 3 for kind in ("none", "model", "layer"))
     assert text.count("mask_placement pre") == 2
+    script("choices", *arguments, "--nodes", "all", "--parent", "parent", monkeypatch=monkeypatch)
+    records = json.loads(Path("work/choices.json").read_text())["records"]
+    assert [len(found) for found in records.values()] == [1, 2, 2]
+    assert all(title.startswith("Rows and columns: ") for title in records)
+    merges = [found[0]["results"]["merges"] for found in records.values()]
+    for way in ("columns", "all"):
+        assert all(
+            f"{way}, normalize {kind}" in one for kind in ("none", "model", "tensor") for one in merges
+        )
+    assert set(merges[0]) - set(merges[1]) == {
+        *(f"all, prior {prior}" for prior in (0.3, 3, 10)),
+        *(f"all, prior 1, {name}" for name in choices.CHANGED_ALL),
+    }
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> int:
