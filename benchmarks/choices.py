@@ -7,8 +7,9 @@ One setting at a time departs from the default (128 samples, ``estimator: sample
 ``unmasked: average``, seed 0), each with ``normalize: none`` and ``normalize: model``. Then what should not decide a merge, but
 may: one model of a pair measured on 16 samples, the other on 512; and a model that was trained for a short while (those of
 ``--short``), so that its loss and its Fisher information are large, beside one trained to the end. With ``--nodes all`` the same
-of what goes by columns, and by rows and columns, without and with the models' parent. Writes ``choices.json`` and
-``choices.md`` into the work folder.
+for columns, and for rows and columns: each with every ``normalize``, and from the models' parent; there the settings are those
+that depart from ``normalize: tensor`` and ``prior: 1``. Writes ``choices.json`` and ``choices.md``, or ``choices-all.json`` and
+``choices-all.md``, into the work folder.
 """
 
 import argparse
@@ -109,13 +110,16 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--short", type=Path, help="a recipe of models trained for a short while")
     parser.add_argument(
-        "--nodes", choices=("paper", "all"), default="paper", help="what merges go by [default: %(default)s]"
+        "--nodes",
+        choices=("paper", "all"),
+        default="paper",
+        help="what merges go by: masks; or columns, and rows and columns (needs --parent) [default: %(default)s]",
     )
     given = parser.parse_args()
     setting = bench(given)
     whole = setting.subjects
     alike, unlike = ways_of(given.nodes)
-    start = "" if given.nodes == "paper" else "Rows and columns: "
+    name, start = ("choices", "") if given.nodes == "paper" else ("choices-all", "Rows and columns: ")
     sections = {
         f"{start}One setting at a time": compare(setting, list(combinations(whole, 2)), alike),
         f"{start}One model measured on {FEW} samples, the other on {MANY}": compare(
@@ -127,7 +131,7 @@ def main() -> None:
         pairs = unequal_losses(short, whole)
         sections[f"{start}One model trained for a short while"] = compare(setting, pairs, unlike)
     record = {**setting.facts(), "records": sections}
-    write(given.work / "choices", record, markdown)
+    write(given.work / name, record, markdown)
 
 
 if __name__ == "__main__":

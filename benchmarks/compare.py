@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -104,21 +104,29 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_runs(parser: argparse.ArgumentParser) -> None:
+def add_runs_option(parser: argparse.ArgumentParser) -> None:
     """Let a comparison be told what other runs of it wrote."""
     parser.add_argument(
         "--add",
-        type=Path,
-        action="append",
+        type=_runs_in,
+        action="extend",
+        metavar="JSON",
         default=[],
-        help="the JSON of runs of before, of models that other seeds trained for the same tasks, to put in front; may be repeated",
+        help="what an earlier run wrote, of models that other seeds trained for the same tasks: put in front; may be repeated",
     )
+
+
+def _runs_in(path: str) -> list[dict[str, Any]]:
+    try:
+        runs: list[dict[str, Any]] = json.loads(Path(path).read_text())["runs"]
+    except (OSError, ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{path} is not what this comparison writes: {error!r}") from error
+    return runs
 
 
 def with_runs(given: argparse.Namespace, own: Mapping[str, Any]) -> dict[str, Any]:
     """The runs of before, and this one, as they are written down."""
-    before = [run for file in given.add for run in json.loads(file.read_text())["runs"]]
-    return {"runs": [*before, own]}
+    return {"runs": [*given.add, own]}
 
 
 def bench(given: argparse.Namespace) -> Bench:
@@ -146,8 +154,14 @@ def bench(given: argparse.Namespace) -> Bench:
     return Bench(found, given.parent, given.work, options, pick_device(given.device))
 
 
-Merger = Callable[[Sequence[Subject], Merge], Merge]
-"""From a group of checkpoints, and the first way's merge of it, to another merge."""
+class Merger(Protocol):
+    """What merges in a way that mergekit does not know."""
+
+    def __call__(self, group: Sequence[Subject], first: Merge) -> Merge:
+        """A merge of checkpoints, of which the first way's merge is given."""
+
+    def key(self, group: Sequence[Subject]) -> Any:
+        """What its merge of them depends on, beside all that the merges of mergekit do."""
 
 
 def compare(
@@ -170,7 +184,7 @@ def compare(
     """
     found = []
     for group in groups:
-        path = setting.work / "results" / f"{_key(setting, group, ways, mergers or {})}.json"
+        path = setting.work / "results" / f"{results_key(setting, group, ways, mergers or {})}.json"
         if not path.is_file():
             started = time.perf_counter()
             results = _compare_group(setting, group, ways, mergers or {})
@@ -196,12 +210,14 @@ def _shown(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way], mergers: Mapping[str, Merger]) -> str:
+def results_key(
+    setting: Bench, group: Sequence[Subject], ways: Sequence[Way], mergers: Mapping[str, Merger]
+) -> str:
     """Of everything that a group's results depend on."""
     parts = {
         "models": [_weights(one.model.name) for one in group],
         "names": [one.name for one in group],
-        "parent": _weights(str(setting.parent)) if any(way.with_parent for way in ways) else None,
+        "parent": next((_weights(_parent(setting, way)) for way in ways if way.with_parent), None),
         "ways": [repr(way) for way in ways],
         "measured": [
             [_described(sidecar(setting, one, way)[1]) for one in group] for way in ways if way.measured
@@ -212,8 +228,8 @@ def _key(setting: Bench, group: Sequence[Subject], ways: Sequence[Way], mergers:
         "dtype": group[0].settings.dtype,
         "versions": setting.facts()["versions"],
     }
-    if mergers:  # Which may look at the samples that are to be measured on.
-        parts["requests"] = [one.model.request.model_dump_json() for one in group]
+    if mergers:
+        parts["mergers"] = [merger.key(group) for merger in mergers.values()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 import summary
-from compare import add_runs, arguments, bench, compare, with_runs, write
+from compare import add_runs_option, arguments, bench, compare, with_runs, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ways import AVERAGE, WITHOUT_DATA, diagonal, factored, from_parent, mask
@@ -103,7 +103,7 @@ def main() -> None:
         default="2,3,4,5,6",
         help="how many models at a time; 3:8 draws eight of the combinations of three [default: %(default)s]",
     )
-    add_runs(parser)
+    add_runs_option(parser)
     given = parser.parse_args()
     setting = bench(given)
     records = {}

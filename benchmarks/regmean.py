@@ -16,7 +16,7 @@ from typing import Any
 
 import summary
 import torch
-from compare import add_runs, arguments, bench, compare, with_runs, write
+from compare import add_runs_option, arguments, bench, compare, with_runs, write
 from torch import Tensor, nn
 from ways import AVERAGE, Way, factored, from_parent
 
@@ -82,10 +82,10 @@ class RegMean:
         self._device = device
         self._known: dict[str, dict[str, Tensor]] = {}
 
-    def __call__(self, group: Sequence[Subject], average: Merge) -> Merge:
+    def __call__(self, group: Sequence[Subject], first: Merge) -> Merge:
         """The average, with every linear map's matrix in place of the averaged one."""
         names = [
-            name for name in self._products(group[0]) if name in average.encoder.shapes and not is_head(name)
+            name for name in self._products(group[0]) if name in first.encoder.shapes and not is_head(name)
         ]
         own = [dict(read_tensors(one.checkpoint, names)) for one in group]
         matrices = {
@@ -96,9 +96,16 @@ class RegMean:
         }
 
         def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-            return ((name, matrices.get(name, tensor)) for name, tensor in average.encoder.read(wanted))
+            return ((name, matrices.get(name, tensor)) for name, tensor in first.encoder.read(wanted))
 
-        return replace(average, line=REGMEAN.name, encoder=replace(average.encoder, read=read))
+        return replace(first, line=REGMEAN.name, encoder=replace(first.encoder, read=read))
+
+    def key(self, group: Sequence[Subject]) -> list[str]:
+        """The samples that inner products are made of."""
+        return [
+            load_samples(one.model.request, one.task).record.digest + one.model.request.model_dump_json()
+            for one in group
+        ]
 
     def _products(self, subject: Subject) -> dict[str, Tensor]:
         if subject.name not in self._known:
@@ -114,7 +121,7 @@ def markdown(record: Mapping[str, Any]) -> dict[str, str]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    add_runs(parser)
+    add_runs_option(parser)
     given = parser.parse_args()
     setting = bench(given)
     pairs = list(combinations(setting.subjects, 2))

@@ -2,25 +2,27 @@
 
     python benchmarks/tuned.py RECIPE --work FOLDER --parent FOLDER
 
-Trials are scored on training rows that were not measured on, so that the rows of the table have chosen nothing. Writes
+Trials are scored on training rows that were not measured on, so that the rows of the tables have chosen nothing. Writes
 ``tuned.json`` and ``tuned.md`` into the work folder, and keeps there every recipe that was found, with its trials.
 """
 
 import argparse
-import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy
 import summary
 import yaml
-from compare import Bench, arguments, bench, compare, entries, recipe_of, same, write
+from compare import Bench, arguments, bench, compare, entries, recipe_of, results_key, same, write
 from ways import AVERAGE, Way, factored, from_parent, mask
 
-from fisher_mask_mergekit.cli.options import scoring_overrides
+from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.evaluation.plan import Merge, Options, Subject
 from fisher_mask_mergekit.evaluation.table import aligned
 from fisher_mask_mergekit.in_memory import merge_in_memory
@@ -47,22 +49,34 @@ class Tuner:
     trials: int
     rows: int
 
-    def __call__(self, group: Sequence[Subject], average: Merge) -> Merge:
+    def __call__(self, group: Sequence[Subject], first: Merge) -> Merge:
         """The best trial's merge."""
         recipe = self._recipe(group)
         out = recipe.with_name("tuned.yml")
-        read = read_recipe(recipe, scoring_overrides("accuracy", group[0].settings.dtype))
         with claimed(out):
+            read = read_recipe(recipe, {"dtype": group[0].settings.dtype})
             tuning = prepare(read, out, self.rows, Options(), self.setting.device)
+            for note in tuning.notes:
+                print(note, file=sys.stderr)
             run(tuning, self.trials, lambda study: None)
         encoder, config = merge_in_memory(read_recipe(out).document, self.tuned.name)
         return Merge(self.tuned.name, encoder, config=config)
 
     @property
     def tuned(self) -> Way:
-        """What tables call the best trial, and all that it hangs on."""
-        more = {"trials": self.trials, "held_back": self.rows}
-        return replace(self.way, name=f"{self.way.name}, tuned", parameters={**self.way.parameters, **more})
+        """What tables call the best trial."""
+        return replace(self.way, name=f"{self.way.name}, tuned")
+
+    def key(self, group: Sequence[Subject]) -> list[Any]:
+        """The search, and the rows that were measured on and are held back."""
+        drawn = [
+            one.model.request.model_copy(update={"samples": one.model.request.samples + self.rows})
+            for one in group
+        ]
+        digests = [
+            load_samples(request, one.task).record.digest for request, one in zip(drawn, group, strict=True)
+        ]
+        return [self.trials, self.rows, str(self.setting.device), version("optuna"), digests]
 
     def _recipe(self, group: Sequence[Subject]) -> Path:
         """The recipe of the way as it is, on disk, in a folder of its own."""
@@ -70,22 +84,46 @@ class Tuner:
         for entry in entries(document):
             for one in group:
                 if same(one.model.name, entry["model"]):
-                    settings = self.way.settings(one.model.request, one.config.num_labels)
-                    entry["fisher"] = settings.model_dump(exclude_none=True) | {"eval": one.settings.data}
-        text = yaml.safe_dump(document)
-        key = hashlib.sha256(f"{self.trials} {self.rows} {text}".encode()).hexdigest()[:12]
-        path = self.setting.work / "tuned" / key / "recipe.yml"
+                    measured = self.way.settings(one.model.request, one.config.num_labels)
+                    scored = {
+                        "eval": one.settings.data,
+                        "metric": [metric.name for metric in one.metrics],
+                    }
+                    entry["fisher"] = measured.model_dump(exclude_none=True) | scored
+        key = results_key(self.setting, group, [self.way, self.tuned], {self.tuned.name: self})
+        path = self.setting.work / "tuned" / key[:12] / "recipe.yml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
+        write_whole(path, yaml.safe_dump(document).encode())
         return path
 
 
 def markdown(record: Mapping[str, Any]) -> dict[str, str]:
-    """The table, by title, of what was written to ``tuned.json``."""
+    """The tables, by title, of what was written to ``tuned.json``."""
     found, trials, held = record["records"], record["trials"], record["held_back"]
     pairs = f"{len(found)} pair{'s' * (len(found) != 1)}"
-    title = f"Tuned by {trials} trials on {held} rows of each model's training data, {pairs}"
-    return {title: aligned(summary.rows(summary.summaries(found)))}
+    return {
+        f"Tuned by {trials} trials on {held} rows of each model's training data, {pairs}": aligned(
+            summary.rows(summary.summaries(found))
+        ),
+        f"Tuned minus as it is, mean normalised score of {pairs}": aligned(_gains(found)),
+    }
+
+
+def _gains(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    table = [["merge", "mean", "tuned", "gain", "least", "greatest", "above"]]
+    results = [one["results"] for one in found]
+    for name in results[0]["merges"][::2]:
+        as_it_is, tuned = (
+            numpy.array(
+                [[task["normalised"][line]["value"] for task in one["tasks"]] for one in results], float
+            )
+            for line in (name, f"{name}, tuned")
+        )
+        gains = (tuned - as_it_is).mean(1)
+        numbers = [f"{as_it_is.mean():.1f}", f"{tuned.mean():.1f}"]
+        numbers += [f"{gain:+.1f}" for gain in (gains.mean(), gains.min(), gains.max())]
+        table.append([name, *numbers, f"{(gains > 0).sum()} of {len(gains)}"])
+    return table
 
 
 def at_least_one(text: str) -> int:
@@ -108,6 +146,8 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=at_least_one, help="pairs to draw [default: all]")
     given = parser.parse_args()
+    if given.pooler != "own":
+        parser.error("tuned merges are compared with --pooler own only")
     setting = bench(given)
     pairs = list(combinations(setting.subjects, 2))
     pairs = Random(0).sample(pairs, min(given.pairs or len(pairs), len(pairs)))

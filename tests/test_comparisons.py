@@ -121,6 +121,11 @@ def test_regmean(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         1,
     ]
     assert "RegMean, 4 pairs:" in Path("work/regmean.md").read_text()
+    for wrong in ("recipe.yml", "nowhere.json"):
+        with pytest.raises(SystemExit):
+            script("regmean", *arguments[:-1], wrong, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match="needs --parent"):
+        script("regmean", "--work", "work", monkeypatch=monkeypatch)
 
 
 def test_regmean_is_the_least_squares_solution() -> None:
@@ -163,36 +168,59 @@ def test_how_many_samples(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_tuning_adds(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By the loss, which every change of a lambda moves.
+    three.write_text(three.read_text().replace("samples: 8", "samples: 8, metric: [loss, accuracy]"))
     arguments = ["--work", "work", "--parent", "parent", "--pairs", "1", "--held-back", "4"]
-    script("tuned", *arguments, "--trials", "3", monkeypatch=monkeypatch)
-    found = json.loads(Path("work/tuned.json").read_text())
-    (group,) = found["records"]
-    ways = ["average", "masks, prior 1", "all, prior 1"]
+    script("tuned", *arguments, "--trials", "6", monkeypatch=monkeypatch)
+    (group,) = json.loads(Path("work/tuned.json").read_text())["records"]
+    ways = {"average": "linear", "masks, prior 1": "fisher_mask", "all, prior 1": "fisher_mask"}
     assert group["results"]["merges"] == [name for way in ways for name in (way, f"{way}, tuned")]
-    assert (
-        "Tuned by 3 trials on 4 rows of each model's training data, 1 pair:"
-        in Path("work/tuned.md").read_text()
-    )
-    folders = sorted(Path("work/tuned").iterdir())
-    assert len(folders) == 3
-    for folder in folders:
-        # What was merged is what the command finds for the recipe that is kept, and the command knows those trials.
-        trials = json.loads((folder / "tuned.trials.json").read_text())["trials"]
-        assert len(trials) == 3
-        told = run("tune", folder / "recipe.yml", folder / "tuned.yml", "--trials", "3", "--samples", "4", "--metric", "accuracy")  # fmt: skip
-        best = max(trials, key=lambda trial: trial["value"])
-        assert f"trial {best['number']}, the best of 3" in told.stdout
-        # No row that was measured on, or that the table is of, was tried on.
+    text = Path("work/tuned.md").read_text()
+    assert "Tuned by 6 trials on 4 rows of each model's training data, 1 pair:" in text
+    assert "Tuned minus as it is, mean normalised score of 1 pair:" in text
+    kept = {}
+    for folder in sorted(Path("work/tuned").iterdir()):
         recipe = yaml.safe_load((folder / "recipe.yml").read_text())
-        entries = [
-            one for part in recipe.get("slices", [recipe]) for one in part.get("sources", part.get("models"))
-        ]
-        assert {one["fisher"]["eval"] for one in entries if "fisher" in one} == {f"{name}-validation.jsonl" for name in group["models"]}  # fmt: skip
-    # Others are other results.
-    script("tuned", *arguments, "--trials", "2", monkeypatch=monkeypatch)
-    assert len(list(Path("work/results").iterdir())) == 2
-    with pytest.raises(SystemExit):
-        script("tuned", *arguments, "--trials", "0", monkeypatch=monkeypatch)
+        parameters = recipe.get("parameters") or {}
+        name = (
+            "average"
+            if recipe["merge_method"] == "linear"
+            else f"{'all' if 'nodes' in parameters else 'masks'}, prior 1"
+        )
+        kept[name] = folder
+    assert kept.keys() == ways.keys()
+    moved = 0
+    for name, folder in kept.items():
+        # What the table has is the merge of the recipe that is kept, by the commands.
+        quickly("mergekit-yaml", folder / "tuned.yml", folder / "merged")
+        run("evaluate", folder / "recipe.yml", folder / "merged", "--json", "out.json")
+        wanted = json.loads(Path("out.json").read_text())
+        assert values(group["results"], f"{name}, tuned") == pytest.approx(values(wanted, "merged"), abs=1e-4)
+        # And that the search with these options comes to: the command takes the trials for its own.
+        told = run("tune", folder / "recipe.yml", folder / "tuned.yml", "--trials", "6", "--samples", "4")
+        trials = json.loads((folder / "tuned.trials.json").read_text())["trials"]
+        best = max(trials, key=lambda trial: trial["value"])
+        assert f"trial {best['number']}, the best of 6" in told.stdout
+        moved += best["number"] > 0
+    assert moved
+    # Other trials, rows to try on, or a dtype are other results, in the same folder.
+    changed = (
+        ["--trials", "2"],
+        ["--trials", "6", "--held-back", "5"],
+        ["--trials", "6", "--dtype", "bfloat16"],
+    )
+    for count, options in enumerate(changed, 2):
+        script("tuned", *arguments, *options, monkeypatch=monkeypatch)
+        assert len(list(Path("work/results").iterdir())) == count
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    Path("a.jsonl").write_text(
+        "".join(json.dumps(row | {"text": f"w7 {row['text']}"}) + "\n" for row in rows)
+    )
+    script("tuned", *arguments, "--trials", "6", monkeypatch=monkeypatch)
+    assert len(list(Path("work/results").iterdir())) == 2 + len(changed)
+    for wrong in (["--trials", "0"], ["--pooler", "average"]):
+        with pytest.raises(SystemExit):
+            script("tuned", *arguments, *wrong, monkeypatch=monkeypatch)
 
 
 def test_the_papers_tables(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +270,7 @@ def test_choices(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(text.count(f"| normalize {kind}") == 3 for kind in ("none", "model", "layer"))
     assert text.count("mask_placement pre") == 2
     script("choices", *arguments, "--nodes", "all", "--parent", "parent", monkeypatch=monkeypatch)
-    records = json.loads(Path("work/choices.json").read_text())["records"]
+    records = json.loads(Path("work/choices-all.json").read_text())["records"]
     assert [len(found) for found in records.values()] == [1, 2, 2]
     assert all(title.startswith("Rows and columns: ") for title in records)
     merges = [found[0]["results"]["merges"] for found in records.values()]
