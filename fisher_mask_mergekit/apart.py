@@ -1,6 +1,6 @@
-"""Do a batch's samples lie one after the other in all that is seen of them? Run two by themselves, and compare."""
+"""Do a batch's samples lie one after the other in all that is seen of them? Run one by itself, and compare."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,23 +16,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class Seen:
-    """What went through a model's modules in a forward pass, of the batch's first and last sample.
+    """What went through a model's modules in a forward pass, of a batch's samples that are looked at.
 
     Attributes:
         samples: B.
-        ends: By the place where it was seen: a B-th of a tensor's rows, the first and the last; None if it has no
-            B equal parts.
+        parts: By the place where it was seen: B-ths of a tensor's rows, those of the samples at :attr:`positions`; None if it
+            has no B equal parts.
     """
 
     samples: int
-    ends: dict[str, tuple["_Glimpse", "_Glimpse"] | None] = field(default_factory=dict)
+    parts: dict[str, tuple["_Glimpse", ...] | None] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Which samples are looked at: the one in the middle, which has others before and behind it; of two, both."""
+        return range(self.samples) if self.samples < 3 else (self.samples // 2,)
 
     def add(self, place: str, tensor: Tensor) -> None:
         """A tensor that went by."""
-        self.ends[place] = None
+        self.parts[place] = None
         if tensor.ndim and len(tensor) % self.samples == 0:
             each = len(tensor) // self.samples
-            self.ends[place] = _Glimpse.of(tensor[:each]), _Glimpse.of(tensor[len(tensor) - each :])
+            self.parts[place] = tuple(
+                _Glimpse.of(tensor[each * position : each * (position + 1)]) for position in self.positions
+            )
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,8 @@ class _Glimpse:
         return cls(tensor.shape, tensor.detach().reshape(-1)[::step].clone())
 
 
-def lie_apart(
-    gradients: "Gradients",
-    task: Task,
-    batch: Batch,
-    together: Likelihood,
-    seen: Mapping[str, tuple[_Glimpse, _Glimpse] | None],
-) -> bool:
-    """Run a batch's first and last sample by themselves: what is beside a sample must not matter.
+def lie_apart(gradients: "Gradients", task: Task, batch: Batch, together: Likelihood, seen: Seen) -> bool:
+    """Run a sample of a batch by itself, and both of two: what is beside a sample must not matter.
 
     Returns:
         Whether all that was seen was the samples', one after the other along the first axis.
@@ -65,11 +66,11 @@ def lie_apart(
     """
     eps = torch.finfo(next(gradients.model.parameters()).dtype).eps
     apart = True
-    parts = list(batch.split())
-    for position in {0, len(parts) - 1}:
+    singles = list(batch.split())
+    for place, position in enumerate(seen.positions):
         single = Seen(1)
         with torch.no_grad():
-            alone = gradients.run(task, parts[position], single).outputs(0)
+            alone = gradients.run(task, singles[position], single).outputs(0)
             expected = together.outputs(position)
             gap = float((alone - expected).abs().max())
             if gap > eps**0.5 * max(1.0, float(expected.abs().max())):
@@ -77,17 +78,18 @@ def lie_apart(
                     f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
                     "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
                 )
-            apart &= single.ends.keys() <= seen.keys()
-            for place, ends in seen.items():
-                apart &= _is_alike(ends and ends[position > 0], single.ends.get(place), eps)
-    return apart and (gradients.tally.one_by_one or gradients.fits(task, parts[0]))
+            apart &= single.parts.keys() <= seen.parts.keys()
+            for where, parts in seen.parts.items():
+                own = single.parts.get(where)
+                apart &= bool(parts and own and _is_alike(parts[place], own[0], eps))
+    return apart and (gradients.tally.one_by_one or gradients.fits(task, singles[0]))
 
 
-def _is_alike(chunk: _Glimpse | None, alone: tuple[_Glimpse, _Glimpse] | None, eps: float) -> bool:
+def _is_alike(chunk: _Glimpse, alone: _Glimpse, eps: float) -> bool:
     """Whether what was seen of one sample by itself is what was seen of it in the batch."""
-    if chunk is None or alone is None or alone[0].shape != chunk.shape:
+    if alone.shape != chunk.shape:
         return False
     if not chunk.values.numel():
         return True
-    gap, largest = (alone[0].values - chunk.values).abs().max(), chunk.values.abs().max()
+    gap, largest = (alone.values - chunk.values).abs().max(), chunk.values.abs().max()
     return bool((gap <= eps**0.5 * max(1.0, float(largest))).item())

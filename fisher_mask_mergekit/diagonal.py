@@ -78,8 +78,8 @@ def diagonal_fisher(
         The Fisher information, zero for a parameter that no gradient reaches, and what else was seen.
 
     Raises:
-        MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); or the
-            first sample gives something else by itself than in its batch.
+        MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); or a
+            sample gives something else by itself than in its batch.
 
     Reference: Matena and Raffel 2022, arXiv 2111.09832.
     """

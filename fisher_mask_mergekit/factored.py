@@ -97,8 +97,8 @@ def factored_fisher(
         The Fisher information, zero for a parameter that no gradient reaches, and what else was seen.
 
     Raises:
-        MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); the first
-            sample gives something else by itself than in its batch; or, ``by_token``, if samples run one at a time.
+        MeasurementError: If there is no sample; a loss or a gradient is not finite (names the parameter); a sample
+            gives something else by itself than in its batch; or, ``by_token``, if samples run one at a time.
 
     Reference: Lee and Seung 1999; arXiv 1804.04235, which factors second moments alike.
     """

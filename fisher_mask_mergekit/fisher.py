@@ -99,7 +99,7 @@ def mask_fisher(
 
     Raises:
         MeasurementError: If there is no sample; a loss or a gradient is not finite (names the site and
-            the node); the first sample gives something else by itself than in its batch; or no gradient
+            the node); a sample gives something else by itself than in its batch; or no gradient
             reaches a site, though it does reach others of its stack.
 
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).

@@ -151,7 +151,7 @@ class _Run:
         seen = Seen(len(batch.index)) if check else None
         likelihood = self.gradients.run(self.task, batch, seen)
         if seen is not None:
-            apart = not self._anywhere(not lie_apart(self.gradients, self.task, batch, likelihood, seen.ends))
+            apart = not self._anywhere(not lie_apart(self.gradients, self.task, batch, likelihood, seen))
             tally.checked, tally.checked_padded = len(batch.index), tally.checked_padded or padded
             if not apart and not tally.one_by_one:
                 self.gradients.separate()

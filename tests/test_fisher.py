@@ -1,6 +1,6 @@
 """The pre-pass against its definition: explicit masks on the weights, one sample at a time, in float64."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -255,17 +255,33 @@ def test_a_random_layer_is_caught() -> None:
         mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)
 
 
-class _BatchMean(nn.Module):
+class _Mixed(nn.Module):
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden - hidden.mean(0, keepdim=True)
+        return hidden + self.mix(hidden)
 
 
-def test_a_layer_that_mixes_samples_is_caught() -> None:
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda hidden: -hidden.mean(0, keepdim=True),
+    "largest": lambda hidden: hidden.amax(),
+    "first": lambda hidden: hidden[:1],
+    "last": lambda hidden: hidden[-1:],
+    "one before": lambda hidden: torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]]),
+    "one after": lambda hidden: torch.cat([hidden[1:], torch.zeros_like(hidden[:1])]),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_layer_that_mixes_samples_is_caught(mix: str, size: int) -> None:
     model = tiny.classifier("bert")
-    model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _BatchMean())
+    model.bert.embeddings.LayerNorm = nn.Sequential(model.bert.embeddings.LayerNorm, _Mixed(MIXES[mix]))
     sites = tiny.sites_of(model)
     with pytest.raises(MeasurementError, match="or mixes samples"):
-        mask_fisher(model, tiny.batches(tiny.samples(), 3), sites, tiny.TASK)
+        mask_fisher(model, tiny.batches(tiny.samples(), size), sites, tiny.TASK)
 
 
 def test_no_sample_is_an_error() -> None:
