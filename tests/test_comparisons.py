@@ -111,7 +111,7 @@ def test_regmean(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = json.loads(Path("work/regmean.json").read_text())["runs"]
     found = run["records"]
     assert [one["models"] for one in found] == [["a", "b"], ["a", "c"], ["b", "c"]]
-    assert found[0]["results"]["merges"] == ["average", "regmean", "all", "all, prior 1"]
+    assert found[0]["results"]["merges"] == ["average", "regmean", "all", "columns, prior 1", "all, prior 1"]
     assert "RegMean, 3 pairs:" in Path("work/regmean.md").read_text()
     Path("work/regmean.json").rename("before.json")
     arguments = ["--work", "work", "--parent", "parent", "--models", "a,b", "--add", "before.json"]
