@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +154,12 @@ def bench(given: argparse.Namespace) -> Bench:
         for one in subjects(recipe, options)
     ]
     return Bench(found, given.parent, given.work, options, pick_device(given.device))
+
+
+def groups_of(found: Sequence[Subject], count: int, most: int | None = None) -> list[tuple[Subject, ...]]:
+    """Combinations of so many checkpoints, in an order that is drawn, always the same; all of them, or the first ``most``."""
+    groups = list(combinations(found, count))
+    return Random(0).sample(groups, len(groups) if most is None else min(most, len(groups)))
 
 
 class Merger(Protocol):

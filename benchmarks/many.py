@@ -10,13 +10,12 @@ its merges count too. Writes ``many.json``, ``many.md`` and ``many.png`` into th
 
 import re
 from collections.abc import Mapping
-from itertools import combinations, cycle
+from itertools import cycle
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import summary
-from compare import add_runs_option, arguments, bench, compare, with_runs, write
+from compare import add_runs_option, arguments, bench, compare, groups_of, with_runs, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ways import AVERAGE, WITHOUT_DATA, diagonal, factored, from_parent, mask
@@ -109,8 +108,7 @@ def main() -> None:
     records = {}
     for part in given.counts.split(","):
         count, _, most = part.partition(":")
-        groups = list(combinations(setting.subjects, int(count)))
-        groups = Random(0).sample(groups, min(int(most or len(groups)), len(groups)))
+        groups = groups_of(setting.subjects, int(count), int(most) if most else None)
         if groups:
             records[count] = compare(setting, groups, WAYS)
     record = with_runs(given, {**setting.facts(), "records": records})

@@ -11,15 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy
 import summary
 import yaml
-from compare import Bench, arguments, bench, compare, entries, recipe_of, results_key, same, write
+from compare import Bench, arguments, bench, compare, entries, groups_of, recipe_of, results_key, same, write
 from ways import AVERAGE, Way, factored, from_parent, mask
 
 from fisher_mask_mergekit.data import load_samples
@@ -149,11 +147,11 @@ def main() -> None:
     if given.pooler != "own":
         parser.error("tuned merges are compared with --pooler own only")
     setting = bench(given)
-    pairs = list(combinations(setting.subjects, 2))
-    pairs = Random(0).sample(pairs, min(given.pairs or len(pairs), len(pairs)))
     tuners = [Tuner(setting, way, given.trials, given.held_back) for way in UNTUNED]
     ways = [way for one in tuners for way in (one.way, one.tuned)]
-    found = compare(setting, pairs, ways, {one.tuned.name: one for one in tuners})
+    found = compare(
+        setting, groups_of(setting.subjects, 2, given.pairs), ways, {one.tuned.name: one for one in tuners}
+    )
     record = {**setting.facts(), "trials": given.trials, "held_back": given.held_back, "records": found}
     write(given.work / "tuned", record, markdown)
 
