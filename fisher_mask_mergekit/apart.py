@@ -69,20 +69,20 @@ def lie_apart(gradients: "Gradients", task: Task, batch: Batch, together: Likeli
     singles = list(batch.split())
     for place, position in enumerate(seen.positions):
         single = Seen(1)
+        likelihood, fits = gradients.alone(task, singles[position], single)
         with torch.no_grad():
-            alone = gradients.run(task, singles[position], single).outputs(0)
-            expected = together.outputs(position)
+            alone, expected = likelihood.outputs(0), together.outputs(position)
             gap = float((alone - expected).abs().max())
             if gap > eps**0.5 * max(1.0, float(expected.abs().max())):
                 raise MeasurementError(
                     f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
                     "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
                 )
-            apart &= single.parts.keys() <= seen.parts.keys()
+            apart &= fits and single.parts.keys() <= seen.parts.keys()
             for where, parts in seen.parts.items():
                 own = single.parts.get(where)
                 apart &= bool(parts and own and _is_alike(parts[place], own[0], eps))
-    return apart and (gradients.tally.one_by_one or gradients.fits(task, singles[0]))
+    return apart
 
 
 def _is_alike(chunk: _Glimpse, alone: _Glimpse, eps: float) -> bool:

@@ -99,22 +99,26 @@ class DiagonalGradients:
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
         self.samples, self._rows, self._added = len(batch.index), None, False
-        if torch.is_grad_enabled() and self.uses is None:  # Else it is a look at something, beside a pass.
+        if torch.is_grad_enabled() and self.uses is None:  # Else it is only looked at, beside a pass.
             self._forget()
         self.seen, self._calls = seen, Counter()
         return task.likelihood(self.model, batch)
 
-    def fits(self, task: Task, sample: Batch) -> bool:
-        """Whether the loss sees every parameter only in what the hooked modules give."""
+    def alone(self, task: Task, sample: Batch, seen: Seen) -> tuple[Likelihood, bool]:
+        """A forward pass of one sample, and whether the loss sees every parameter only in what the hooked modules give."""
+        if self.tally.one_by_one:
+            with torch.no_grad():
+                return self.run(task, sample, seen), True
         with ExitStack() as stack:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(True)
                 stack.callback(parameter.requires_grad_, False)
             self.uses = Counter()
             try:
-                seen = self._uses(self.run(task, sample).losses().sum(), ())
+                likelihood = self.run(task, sample, seen)
+                entered = self._uses(likelihood.losses().sum(), ())
                 intact = all(call.is_intact() for call in self._counted)
-                return intact and all(count <= self.uses[name] for name, count in seen.items())
+                return likelihood, intact and all(count <= self.uses[name] for name, count in entered.items())
             finally:
                 self.uses = None
                 self._counted.clear()
@@ -165,14 +169,13 @@ class DiagonalGradients:
             call = Call(module, "other", 1, args, kwargs)
             self._counted.append(call)
             self.uses += self._uses(output, call.tensors())
-            return None
         call, output = self._call(module, args, kwargs, output)
         if self.seen is not None:
             run = f"{path}, run {self._calls[names[0]]}"
             for place, tensor in enumerate((output, *call.tensors())):
                 self.seen.add(f"{run}, tensor {place}", tensor)
         self._calls.update(names)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.uses is None:
             if not output.requires_grad:
                 # The weights are frozen: here autograd starts. A leaf itself must not be changed in place.
                 output = output.detach().requires_grad_().clone()

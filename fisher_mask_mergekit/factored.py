@@ -10,7 +10,7 @@ from fisher_mask_mergekit.diagonal import check_finite, floating
 from fisher_mask_mergekit.diagonal_gradients import DiagonalGradients
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.factors import Split
-from fisher_mask_mergekit.marginals import Marginals, row_axes
+from fisher_mask_mergekit.marginals import Marginals, TokenMarginals, row_axes
 from fisher_mask_mergekit.passes import frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.tally import Settle, Tally
@@ -104,7 +104,7 @@ def factored_fisher(
     """
     parameters, axes = floating(model), row_axes(model)
     splits = {name: Split.of(parameter.shape, axes[name]) for name, parameter in parameters.items()}
-    summed = Marginals(splits, by_token=by_token)
+    summed = (TokenMarginals if by_token else Marginals)(splits)
     gradients = DiagonalGradients(model, parameters, summed, tally or Tally())
     gradients.tally.check_shapes({name: split.packed for name, split in splits.items()})
     with frozen(model), gradients.attached():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,16 @@ from torch.nn.modules.conv import _ConvNd
 from fisher_mask_mergekit.factors import Split
 from fisher_mask_mergekit.layer_gradients import Product
 
-_CHUNK = 2**18
+_T = TypeVar("_T")
+
+_CHUNK = 2**20
 """Elements that are made at a time on a processor, whose cache they fit in; elsewhere many times more."""
 
 _GLANCE = 8
-"""Elements of a token's gradient, in one sample, that are looked at first."""
+"""Elements of a token's gradient that are looked at first."""
 
 _WORTH_TAKING = 0.8
-"""The tokens that a gradient reaches are taken out of the others where they are less than this share."""
+"""Tokens that no gradient reaches are left out where the others are less than this share."""
 
 
 def row_axes(model: nn.Module) -> dict[str, int]:
@@ -46,16 +49,6 @@ class Side:
         """Its tokens' products with each other, ``[B, T, T]``."""
         return self.values @ self.values.mT
 
-    @cached_property
-    def squares(self) -> Tensor:
-        """Of its elements, ``[B, T, D]``."""
-        return self.values.square()
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Of its tokens, squared: ``[B, T]``."""
-        return self.squares.sum(2)
-
 
 class Marginals:
     r"""Of their squares, only the sums over each row and over each column.
@@ -71,13 +64,10 @@ class Marginals:
 
     Args:
         splits: Of all parameters.
-        by_token: Whether a matrix's squares are those of every token's gradient by itself, :math:`g_t x_t^T`, for which
-            :math:`r_i = \sum_t g_{t,i}^2 |x_t|^2` and :math:`c_j = \sum_t |g_t|^2 x_{t,j}^2`.
     """
 
-    def __init__(self, splits: Mapping[str, Split], *, by_token: bool = False) -> None:
+    def __init__(self, splits: Mapping[str, Split]) -> None:
         self._splits = splits
-        self._by_token = by_token
 
     def zeros(self, name: str, parameter: Tensor) -> Tensor:
         """Of the factors' shape; in float64, where the device has that."""
@@ -110,22 +100,16 @@ class Marginals:
         wide = torch.promote_types(like.dtype, torch.float32)
         each = len(like) // call.samples
         tokens = like[:each].numel() // like.shape[-1]
-        step = min(
-            _samples_at_a_time(tokens, self._splits[one.name], like.device.type, by_token=self._by_token)
-            for one in products
-        )
+        step = min(_samples_at_a_time(tokens, self._splits[one.name], _chunk(like)) for one in products)
+        sparse = [_is_sparse(one.gradient) for one in products]
         for first in range(0, call.samples, step):
             part = slice(first, min(first + step, call.samples))
             rows, count = slice(part.start * each, part.stop * each), part.stop - part.start
             given = _side(call.given(rows), count, tokens, wide)
             factor = None if weight is None else weight[part, None]
-            for one, total in zip(products, totals, strict=True):
+            for one, total, is_sparse in zip(products, totals, sparse, strict=True):
                 pair = _side(one.gradient[rows], count, tokens, wide), given
-                pair = pair if self._by_token else _reached(*pair)
-                left, right = pair[::-1] if one.call.kind == "transposed" else pair
-                if self._by_token:
-                    total[0] += torch.cat(token_marginals(left, right, factor)).to(total.dtype)
-                    continue
+                left, right = _in_order(one, *(_reached(*pair) if is_sparse else pair))
                 sums = torch.cat(marginals(left, right), 1).to(total.dtype)
                 total[0] += (sums if factor is None else sums * factor).sum(0)
 
@@ -146,11 +130,63 @@ class Marginals:
         total[0, self._splits[name].rows :] += squares.sum(0, dtype=total.dtype)
 
 
-def _samples_at_a_time(tokens: int, split: Split, device: str, *, by_token: bool) -> int:
+class TokenMarginals(Marginals):
+    r"""The same of the squares of every token's gradient by itself, :math:`g_t x_t^T`, where a gradient is a matrix's.
+
+    .. math:: r_i = \sum_t g_{t,i}^2 |x_t|^2, \qquad c_j = \sum_t |g_t|^2 x_{t,j}^2
+    """
+
+    def add_matrices(
+        self, products: Sequence[Product], totals: Sequence[Tensor], weight: Tensor | None
+    ) -> None:
+        """Linear modules' matrices, some tokens at a time; what the modules were given is looked at once."""
+        call, like = products[0].call, products[0].gradient
+        wide = torch.promote_types(like.dtype, torch.float32)
+        sizes = [_sizes(one, self._splits[one.name]) for one in products]  # Of output and input.
+        step = max(1, _chunk(like) * len(like) // max(1, like[..., 0].numel() * max(map(max, sizes))))
+        rows = [like.new_zeros(1, size, dtype=wide) for size, _ in sizes]
+        columns = like.new_zeros(len(products), sizes[0][1], dtype=wide)
+        if weight is not None:
+            weight = weight.repeat_interleave(like[..., 0].numel() // len(weight)).reshape(len(like), -1)
+        for first in range(0, len(like), step):
+            part = slice(first, first + step)
+            given = _squares(call.given(part), wide)
+            found = [_squares(one.gradient[part], wide) for one in products]
+            lengths = torch.stack([given.sum(1), *(squares.sum(1) for squares in found)])
+            if weight is not None:
+                lengths *= weight[part].flatten()
+            for sums, squares in zip(rows, found, strict=True):
+                sums.addmm_(lengths[:1], squares)  # Faster than of a vector.
+            columns.addmm_(lengths[1:], given)
+        for one, total, row_sums, column_sums in zip(products, totals, rows, columns, strict=True):
+            total[0] += torch.cat(_in_order(one, row_sums[0], column_sums))
+
+
+def _in_order(product: Product, left: _T, right: _T) -> tuple[_T, _T]:
+    """Of a module's output and its input, which is of its matrix's rows, and which of its columns; or the other way round."""
+    return (right, left) if product.call.kind == "transposed" else (left, right)
+
+
+def _sizes(product: Product, split: Split) -> tuple[int, int]:
+    """Of a module's output, and of its input."""
+    return _in_order(product, split.rows, split.columns)
+
+
+def _chunk(values: Tensor) -> int:
+    """Elements to make at a time."""
+    return _CHUNK if values.device.type == "cpu" else _CHUNK * 2**6
+
+
+def _squares(values: Tensor, wide: torch.dtype) -> Tensor:
+    """Of rows of tokens, ``[T, D]``."""
+    return values.flatten(0, -2).to(wide).square()
+
+
+def _samples_at_a_time(tokens: int, split: Split, chunk: int) -> int:
     """How many, at least one."""
-    without = by_token or _without(tokens, split.rows, split.columns)
+    without = _without(tokens, split.rows, split.columns)
     each = tokens * max(split.rows, split.columns) if without else split.rows * split.columns
-    return max(1, (_CHUNK if device == "cpu" else _CHUNK * 2**6) // max(1, each))
+    return max(1, chunk // max(1, each))
 
 
 def _side(values: Tensor, samples: int, tokens: int, wide: torch.dtype) -> Side:
@@ -158,16 +194,21 @@ def _side(values: Tensor, samples: int, tokens: int, wide: torch.dtype) -> Side:
     return Side(values.reshape(samples, tokens, values.shape[-1]).to(wide))
 
 
+def _is_sparse(gradient: Tensor) -> bool:
+    """Whether it may be that no gradient reaches many of the tokens: padding, and of a last layer perhaps all but one."""
+    tokens = gradient.flatten(0, -2)[:, :_GLANCE]
+    return int(tokens.abs().amax(1).count_nonzero()) < _WORTH_TAKING * len(tokens)
+
+
 def _reached(gradient: Side, given: Side) -> tuple[Side, Side]:
-    """Both without the tokens that no gradient reaches, where those are many: padding, and of a last layer perhaps all but one."""
+    """Both without the tokens at either end that no gradient reaches, where those are many."""
     values = gradient.values
-    least = values[0, :, :_GLANCE].abs().amax(1).count_nonzero()
-    if least >= _WORTH_TAKING * values.shape[1]:
+    there = values[..., :_GLANCE].abs().amax((0, 2)).nonzero().flatten().tolist()
+    first, end = (there[0], there[-1] + 1) if there else (0, 0)
+    missed = any(bool(torch.linalg.vector_norm(rest)) for rest in (values[:, :first], values[:, end:]))
+    if missed or end - first >= _WORTH_TAKING * values.shape[1]:
         return gradient, given
-    there = torch.linalg.vector_norm(values, dim=2).amax(0).nonzero().flatten()
-    if len(there) >= _WORTH_TAKING * values.shape[1]:
-        return gradient, given
-    return Side(values[:, there]), Side(given.values[:, there])
+    return Side(values[:, first:end]), Side(given.values[:, first:end])
 
 
 def _without(tokens: int, rows: int, columns: int) -> bool:
@@ -183,17 +224,3 @@ def marginals(left: Side, right: Side) -> tuple[Tensor, Tensor]:
     rows = (right.gram @ left.values).mul_(left.values).sum(1)
     columns = (left.gram @ right.values).mul_(right.values).sum(1)
     return rows.clamp_(min=0), columns.clamp_(min=0)  # What is rounded may fall below.
-
-
-def token_marginals(left: Side, right: Side, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Row and column sums ``[R]``, ``[C]`` of the squares of all tokens' products, each token ``[R]`` and ``[C]`` by itself.
-
-    Args:
-        left: ``[B, T, R]``.
-        right: ``[B, T, C]``.
-        weight: Of each sample, ``[B, 1]``.
-    """
-    beside, above = right.lengths, left.lengths
-    if weight is not None:
-        beside, above = beside * weight, above * weight
-    return beside.flatten() @ left.squares.flatten(0, 1), above.flatten() @ right.squares.flatten(0, 1)

@@ -120,9 +120,10 @@ class MaskGradients:
             self.fleeting.clear()
         return task.likelihood(self.model, batch)
 
-    def fits(self, task: Task, sample: Batch) -> bool:
-        """What a site's input is in a batch says all."""
-        return True
+    @torch.no_grad()
+    def alone(self, task: Task, sample: Batch, seen: Seen) -> tuple[Likelihood, bool]:
+        """A forward pass of one sample; what a site's input is says all."""
+        return self.run(task, sample, seen), True
 
     def separate(self) -> None:
         """From now on samples run one at a time."""

@@ -35,8 +35,8 @@ class Gradients(Protocol):
         What an earlier batch gave that was not kept is forgotten.
         """
 
-    def fits(self, task: Task, sample: Batch) -> bool:
-        """Whether batches can be measured, as far as one sample tells."""
+    def alone(self, task: Task, sample: Batch, seen: Seen) -> tuple[Likelihood, bool]:
+        """A forward pass of one sample that is only looked at, and whether batches can be measured, as far as it tells."""
 
     def separate(self) -> None:
         """From now on samples run one at a time."""

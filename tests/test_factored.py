@@ -241,14 +241,20 @@ def test_what_several_layers_are_given_is_made_once(monkeypatch: pytest.MonkeyPa
 def test_tokens_that_no_gradient_reaches_are_left_out_where_they_are_many() -> None:
     torch.manual_seed(0)
     gradient, given = Side(torch.randn(3, 20, 9)), Side(torch.randn(3, 20, 4))
+    assert not module._is_sparse(gradient.values)
     assert module._reached(gradient, given) == (gradient, given)
-    gradient.values[:, 16:] = 0  # Few.
+    gradient.values[:, :2] = 0
+    gradient.values[:, 18:] = 0  # Few.
     assert module._reached(gradient, given) == (gradient, given)
-    gradient.values[:, 2:] = 0
-    gradient.values[1, 5, 8] = 1  # Nothing of it where one looks first.
+    gradient.values[:, 6:] = 0
+    assert module._is_sparse(gradient.values)
     left, right = module._reached(gradient, given)
     for got, side in ((left, gradient), (right, given)):
-        assert_close(got.values, side.values[:, [0, 1, 5]], rtol=0, atol=0)
+        assert_close(got.values, side.values[:, 2:6], rtol=0, atol=0)
+    gradient.values[1, 15, 8] = 1  # Nothing of it where one looks first.
+    assert module._reached(gradient, given) == (gradient, given)
+    gradient.values[:] = 0
+    assert module._reached(gradient, given)[1].values.shape == (3, 0, 4)
 
 
 def test_sums_that_cancel_are_never_negative() -> None:
@@ -331,10 +337,11 @@ def naive_tokens(model: nn.Module, labels: str, count: int = 7) -> dict[str, Ten
 
     def add(path: str, module: nn.Module, inputs: object, outputs: tuple[Tensor, ...]) -> None:
         squares = (outputs[0][..., None] * given[module][..., None, :]).square()
+        squares = squares.mT if isinstance(module, Conv1D) else squares
         sums[path] = sums.get(path, torch.zeros(())) + probability * squares.flatten(0, -3).sum(0)
 
     for path, part in model.named_modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear | Conv1D):
             part.register_forward_hook(keep)
             part.register_full_backward_hook(partial(add, path))
     for batch in tiny.batches(tiny.samples(count), 1):
@@ -356,6 +363,23 @@ def test_by_token_a_matrixs_squares_are_each_tokens(
     assert_same(measure(model, by_token=True, labels=labels).fisher, wanted)
     monkeypatch.setattr(module, "_CHUNK", 700)
     assert_same(measure(model, by_token=True, size=7, labels=labels).fisher, wanted)
+
+
+@pytest.mark.parametrize("labels", ["data", "exact"])
+def test_by_token_it_makes_no_difference_which_way_round_a_matrix_is(labels: str) -> None:
+    model = tiny.classifier("bert").double()
+    torch.manual_seed(0)
+    model.bert.encoder.layer[1].attention.self.key = Conv1D(32, 32).double()
+    model.bert.encoder.layer[1].output.dense = Conv1D(32, 48).double()
+    wanted = naive(model, labels=labels) | naive_factors(naive_tokens(deepcopy(model), labels), model)
+    assert_same(measure(model, by_token=True, labels=labels).fisher, wanted)
+
+
+def test_by_token_a_layer_that_is_given_no_tokens_has_no_gradient() -> None:
+    model = tiny.classifier("bert").double()
+    model.bert.encoder.layer[1].attention.self.key = _Empty(model.bert.encoder.layer[1].attention.self.key)
+    got = measure(model, by_token=True, labels="exact").fisher
+    assert float(got["bert.encoder.layer.1.attention.self.key.unhit.weight"].sum()) == 0
 
 
 def test_by_token_where_several_runs_share_a_matrix_or_samples_run_one_at_a_time() -> None:
