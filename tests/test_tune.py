@@ -1,6 +1,7 @@
 """`mergekit-fisher tune` on tiny models: the objective against loops by hand, the search, what it writes and refuses."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -240,6 +241,23 @@ def test_the_search_learns_from_its_trials() -> None:
         assert tried[0] == own
         assert [one.normalize for one in tried[1:4]] == list(choices)
         assert all(set(one.weights.values()) == {2.0, 0.0} for one in tried[1:4])
+
+
+def test_a_prior_is_searched_too() -> None:
+    """A peak at a sixth of the recipe's prior: late trials are near it, which one in eight is by chance."""
+    own = Coefficients({"prior": 1.0, "normalize": 1.0}, "tensor", 3.0)  # Models may be called anything.
+    late: list[Coefficients] = []
+    for seed in range(3):
+        trials: list[Trial] = []
+        for number in range(30):
+            tried = suggest(own, ("model", "tensor"), trials, seed)
+            assert tried.prior is not None
+            off = abs(math.log2(tried.prior / 0.5))
+            trials.append(Trial(number=number, weights=dict(tried.weights), normalize=tried.normalize, prior=tried.prior, scores={}, value=-off))  # fmt: skip
+        assert [one.prior for one in trials[:2]] == [3.0, 3.0]  # The recipe, and its other normalize.
+        assert all(3 / 2**OCTAVES * 0.999 <= (one.prior or 0) <= 3 * 2**OCTAVES * 1.001 for one in trials)
+        late += [one.coefficients for one in trials[20:]]
+    assert sum(abs(math.log2((one.prior or 0) / 0.5)) < 0.5 for one in late) >= 10  # Of 30.
 
 
 def test_two_seeds_share_no_trials() -> None:
@@ -799,13 +817,40 @@ def test_an_untouched_normalize_is_not_written_down(tmp_path: Path) -> None:
     assert changed(text, tmp_path)["parameters"] == {"normalize": "model"}
 
 
+def test_a_prior_is_moved_where_it_is_one_number_for_the_whole_merge(tmp_path: Path) -> None:
+    path = tmp_path / "some.yml"
+    text = """
+merge_method: fisher_mask
+base_model: c
+parameters: {normalize: tensor, prior: %s}
+slices:
+  - parameters: {%s}
+    sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]
+  - parameters: {%s}
+    sources: [{model: a, layer_range: [1, 2]}, {model: b, layer_range: [1, 2]}]
+"""
+    path.write_text(text % ("1", "", "prior: 1"))
+    recipe = read_recipe(path)
+    found = with_coefficients(recipe, read_coefficients(recipe).at({"b": 0.0}, "tensor", 1.5))
+    assert found["parameters"] == {"normalize": "tensor", "prior": 2.828}
+    assert [part["parameters"] for part in found["slices"]] == [{}, {}]
+    for top, second in (("1", "prior: 2"), ("0", "prior: 1"), ("[1, 2]", "")):
+        path.write_text(text % (top, "", second))
+        recipe = read_recipe(path)
+        own = read_coefficients(recipe)
+        assert own.prior is None
+        found = with_coefficients(recipe, own.at({"b": 1.0}, "model", 1.0))
+        assert found["parameters"]["prior"] == recipe.document["parameters"]["prior"]
+        assert found["slices"][1]["parameters"] == recipe.document["slices"][1]["parameters"]
+
+
 def test_a_merge_from_the_parent_is_always_normalized(tmp_path: Path) -> None:
     path = tmp_path / "some.yml"
     text = "merge_method: fisher_mask\nmodels: [{model: a}, {model: b}]\nbase_model: c\nparameters: {prior: 1, normalize: %s}\n"
     path.write_text(text % "tensor")
     recipe = read_recipe(path)
     assert normalizations(recipe) == ("model", "layer", "tensor")
-    assert read_coefficients(recipe) == Coefficients({"a": 1.0, "b": 1.0}, "tensor")
+    assert read_coefficients(recipe) == Coefficients({"a": 1.0, "b": 1.0}, "tensor", 1.0)
     path.write_text(text % "none")
     with pytest.raises(
         RecipeError, match=r"normalize is 'none'; tune takes one plain name .*: model, layer, tensor"

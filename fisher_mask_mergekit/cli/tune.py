@@ -43,7 +43,7 @@ def tune(
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Search for a recipe's weights and normalize, on training rows that were not measured on."""
+    """Search for a recipe's weights, normalize and prior, on training rows that were not measured on."""
     with errors():
         from fisher_mask_mergekit.evaluation.plan import Options
         from fisher_mask_mergekit.execution import pick_device
@@ -78,6 +78,8 @@ def _report(tuning: "Tuning", study: "Study") -> "Iterator[str]":
         rows.append([f"weight of {short}", "", *(f"{one.weights[name]:.4g}" for one in pair)])
     if study.best.normalize is not None:
         rows.append(["normalize", "", *(str(one.normalize) for one in pair)])
+    if study.best.prior is not None:
+        rows.append(["prior", "", *(f"{one.prior or 0:.4g}" for one in pair)])
     for one in tuning.subjects:
         cells = [described(each.scores[one.name], 3) for each in pair]
         rows.append([f"{one.name} {one.metrics[0].name}", described(study.own[one.name], 3), *cells])

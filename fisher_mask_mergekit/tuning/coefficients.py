@@ -1,4 +1,4 @@
-"""What is tuned of a recipe: each model's lambda and ``normalize``; read from it, and put into it."""
+"""What is tuned of a recipe: each model's lambda, ``normalize`` and ``prior``; read from it, and put into it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from fisher_mask_mergekit.recipe import DIAGONAL_METHOD, METHOD, Recipe, RecipeM
 
 LINEAR = "linear"
 OCTAVES = 4
-"""How far a lambda may be from the first model's: by a factor of 2 to this power, either way."""
+"""How far a lambda may be from the first model's, and ``prior`` from the recipe's: by a factor of 2 to this power, either way."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Coefficients:
     Attributes:
         weights: Lambda of every model that the recipe gives one, by name; 0 for those that stay out.
         normalize: The method's ``normalize``; None for a method whose scores it does not change.
+        prior: The method's ``prior``; None where there is none, or not one plain number.
     """
 
     weights: Mapping[str, float]
     normalize: str | None
+    prior: float | None = None
 
     @property
     def counted(self) -> list[str]:
@@ -37,11 +39,14 @@ class Coefficients:
         first, *others = self.counted
         return {name: math.log2(self.weights[name] / self.weights[first]) for name in others}
 
-    def at(self, octaves: Mapping[str, float], normalize: str | None) -> "Coefficients":
-        """The same models with other lambdas, short enough to read in a recipe."""
+    def at(
+        self, octaves: Mapping[str, float], normalize: str | None, prior_octave: float = 0.0
+    ) -> "Coefficients":
+        """The same models with other lambdas, and ``prior`` so many octaves up; short enough to read in a recipe."""
         first = self.weights[self.counted[0]]
-        moved = {name: float(f"{first * 2**octave:.4g}") for name, octave in octaves.items()}
-        return Coefficients({**self.weights, **moved}, normalize)
+        moved = {name: _short(first * 2**octave) for name, octave in octaves.items()}
+        prior = self.prior and _short(self.prior * 2**prior_octave)
+        return Coefficients({**self.weights, **moved}, normalize, prior)
 
 
 def read_coefficients(recipe: Recipe) -> Coefficients:
@@ -60,7 +65,7 @@ def read_coefficients(recipe: Recipe) -> Coefficients:
     for model in recipe.models:
         if (model.name in inside or model.is_base) and (weight := _weight(model, where)) is not None:
             weights[model.name] = weight
-    given = _normalize(recipe)
+    given = _shared(recipe, "normalize")
     if method == LINEAR:
         if given not in (None, True):
             raise RecipeError(
@@ -74,7 +79,9 @@ def read_coefficients(recipe: Recipe) -> Coefficients:
             raise RecipeError(
                 f"{where}: normalize is {normalize!r}; tune takes one plain name for the whole merge: {known}"
             )
-        found = Coefficients(weights, normalize)
+        prior = _shared(recipe, "prior")
+        is_plain = isinstance(prior, int | float) and not isinstance(prior, bool) and 0 < prior < math.inf
+        found = Coefficients(weights, normalize, float(prior) if is_plain else None)
     if len(found.counted) < 2:
         raise RecipeError(
             f"{where}: only {len(found.counted)} of its models have a weight above 0; there is nothing to tune"
@@ -95,13 +102,13 @@ def _weight(model: RecipeModel, where: Path) -> float | None:
     return weight
 
 
-def _normalize(recipe: Recipe) -> Any:
-    """The recipe's ``normalize``, wherever it is given; a list of all of them if it is not one plain value."""
+def _shared(recipe: Recipe, name: str) -> Any:
+    """A parameter of the recipe's, wherever it is given; a list of all its values if it is not one for the whole merge."""
     found: list[Any] = []
     for levels in places(dict(recipe.document), recipe.path):
         value = None
         for level in levels[:-1]:  # An entry's own is not read by mergekit: it is one value for all models.
-            value = (level.get("parameters") or {}).get("normalize", value)
+            value = (level.get("parameters") or {}).get(name, value)
         found += [] if value in found else [value]
     return found[0] if len(found) == 1 else found
 
@@ -141,14 +148,19 @@ def put(document: Any, coefficients: Coefficients, path: Path) -> None:
     # Where nothing names the base model, the recipe's own parameters are its.
     if base in coefficients.weights and "weight" in (document.get("parameters") or {}):
         document["parameters"]["weight"] = coefficients.weights[base]
-    if coefficients.normalize is None:
-        return
     lower = [level for levels in places(document, path) for level in levels[1:-1] if level is not document]
-    given = [level["parameters"] for level in lower if "normalize" in (level.get("parameters") or {})]
-    for parameters in given:
-        parameters.pop("normalize", None)
-    if given or coefficients.normalize != "none" or "normalize" in (document.get("parameters") or {}):
-        _parameters(document)["normalize"] = coefficients.normalize
+    for name, value in (("normalize", coefficients.normalize), ("prior", coefficients.prior)):
+        if value is None:
+            continue
+        given = [level["parameters"] for level in lower if name in (level.get("parameters") or {})]
+        for parameters in given:
+            parameters.pop(name, None)
+        if given or value != "none" or name in (document.get("parameters") or {}):
+            _parameters(document)[name] = value
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _parameters(level: Any) -> Any:

@@ -1,6 +1,7 @@
 """A tuning run's trials: on disk whole after every one, and what to try next, told by them alone."""
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.tuning.coefficients import OCTAVES, Coefficients, starts
+
+_WEIGHT, _NORMALIZE, _PRIOR = "weight of ", "normalize", "prior"
+"""What the sampler calls what it chooses."""
 
 
 class _Record(BaseModel):
@@ -25,6 +29,7 @@ class Trial(_Record):
         number: From 0, the recipe as it is.
         weights: Every model's lambda.
         normalize: The method's ``normalize``; None if it has none.
+        prior: The method's ``prior``; None if it is not searched.
         scores: By task, the merge's score by the task's first metric; None where it is not defined.
         value: Mean over tasks of the normalised scores; None if one is not defined.
     """
@@ -32,13 +37,14 @@ class Trial(_Record):
     number: int
     weights: dict[str, float]
     normalize: str | None
+    prior: float | None = None
     scores: dict[str, float | None]
     value: float | None
 
     @property
     def coefficients(self) -> Coefficients:
         """What was merged with."""
-        return Coefficients(self.weights, self.normalize)
+        return Coefficients(self.weights, self.normalize, self.prior)
 
 
 class Study(_Record):
@@ -137,28 +143,36 @@ def suggest(own: Coefficients, choices: Sequence[str], trials: Sequence[Trial], 
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions: dict[str, Any] = {
-        name: optuna.distributions.FloatDistribution(min(-OCTAVES, octave), max(OCTAVES, octave))
+        f"{_WEIGHT}{name}": optuna.distributions.FloatDistribution(
+            min(-OCTAVES, octave), max(OCTAVES, octave)
+        )
         for name, octave in own.octaves.items()
     }
+    if own.prior is not None:
+        distributions[_PRIOR] = optuna.distributions.FloatDistribution(-OCTAVES, OCTAVES)
     if choices:
-        distributions["normalize"] = optuna.distributions.CategoricalDistribution(choices)
+        distributions[_NORMALIZE] = optuna.distributions.CategoricalDistribution(choices)
     own_seed = numpy.random.SeedSequence([seed, len(trials)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=int(own_seed.generate_state(1)[0]), multivariate=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for trial in trials:
-        study.add_trial(_frozen(optuna, trial, distributions))
+        study.add_trial(_frozen(optuna, trial, own, distributions))
     found = study.ask(distributions).params
-    return own.at({name: found[name] for name in own.octaves}, found.get("normalize"))
+    octaves = {name: found[f"{_WEIGHT}{name}"] for name in own.octaves}
+    return own.at(octaves, found.get(_NORMALIZE), found.get(_PRIOR, 0.0))
 
 
-def _frozen(optuna: Any, trial: Trial, distributions: Mapping[str, Any]) -> Any:
+def _frozen(optuna: Any, trial: Trial, own: Coefficients, distributions: Mapping[str, Any]) -> Any:
+    octaves = {f"{_WEIGHT}{name}": octave for name, octave in trial.coefficients.octaves.items()}
+    if own.prior is not None and trial.prior is not None:
+        octaves[_PRIOR] = math.log2(trial.prior / own.prior)
     params: dict[str, Any] = {}
-    for name, octave in trial.coefficients.octaves.items():  # Lambdas are rounded, maybe beyond the range.
+    for name, octave in octaves.items():  # What was rounded may be beyond the range.
         params[name] = min(max(octave, distributions[name].low), distributions[name].high)
-    if "normalize" in distributions:
-        params["normalize"] = trial.normalize
+    if _NORMALIZE in distributions:
+        params[_NORMALIZE] = trial.normalize
     states = optuna.trial.TrialState
     state = states.FAIL if trial.value is None else states.COMPLETE
     return optuna.trial.create_trial(

@@ -81,6 +81,7 @@ def run_trial(
         number=number,
         weights=dict(coefficients.weights),
         normalize=coefficients.normalize,
+        prior=coefficients.prior,
         scores=scores,
         value=value if math.isfinite(value) else None,
     )
