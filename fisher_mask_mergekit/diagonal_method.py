@@ -30,7 +30,7 @@ class FisherDiagonalMerge(GroupMergeMethod):
 
     - ``normalize``: ``none``; ``model`` or ``tensor``, which divide a model's Fisher information by its own mean over
       all parameters, or over the tensor's.
-    - ``prior``: as in ``fisher_mask``.
+    - ``prior``, ``clip``: as in ``fisher_mask``.
     - ``missing``: ``error`` or ``average``, if a model has no sidecar.
     """
 
@@ -46,6 +46,7 @@ class FisherDiagonalMerge(GroupMergeMethod):
                 "normalize", told("normalize", NormalizeParameters), ParameterScope.SHARED, default="none"
             ),
             ParameterSpec("prior", told("prior", float), ParameterScope.SHARED, default=0.0),
+            ParameterSpec("clip", told("clip", bool), ParameterScope.SHARED, default=False),
             ParameterSpec("missing", told("missing", Missing), ParameterScope.SHARED, default="error"),
         ),
     )

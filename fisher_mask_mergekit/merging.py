@@ -88,13 +88,16 @@ def counted_inputs(
     return counted
 
 
-def prior_of(group: "TensorGroup", weight: Mapping[Hashable, float | None], precision: float) -> Prior | None:
+def prior_of(
+    group: "TensorGroup", weight: Mapping[Hashable, float | None], precision: float, clip: bool
+) -> Prior | None:
     """What the models of a group start from; None if they are averaged.
 
     Args:
         group: The inputs.
         weight: As recipes have it.
         precision: The recipe's ``prior``.
+        clip: The recipe's.
 
     Raises:
         RecipeError: If there is no base model, or it is one of those that are merged.
@@ -103,7 +106,7 @@ def prior_of(group: "TensorGroup", weight: Mapping[Hashable, float | None], prec
         return None
     check_parent(precision, group.base and group.base.id, group.base and weight[group.base.id])
     assert group.base is not None
-    return Prior(precision, group.base.tensor)
+    return Prior(precision, group.base.tensor, clip)
 
 
 @lru_cache(maxsize=64)

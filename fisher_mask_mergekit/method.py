@@ -61,6 +61,8 @@ class FisherMaskMerge(GroupMergeMethod):
     - ``prior``: how much the ``base_model``, which the models were fine-tuned from, is known to be right, in units of a
       model's mean Fisher information; with it changes from the base are added up rather than averaged. 0, the
       default: the base does not count. Needs a ``normalize``.
+    - ``clip``: ``true`` keeps what a ``prior`` adds up between the least and the greatest value that the base and the models
+      have, element by element. Without one it changes nothing.
     - ``missing``: ``error`` or ``average``, if a model has no sidecar.
     """
 
@@ -77,6 +79,7 @@ class FisherMaskMerge(GroupMergeMethod):
             ParameterSpec("normalize", told("normalize", Normalize), ParameterScope.SHARED, default="none"),
             ParameterSpec("unmasked", told("unmasked", Unmasked), ParameterScope.SHARED, default="average"),
             ParameterSpec("prior", told("prior", float), ParameterScope.SHARED, default=0.0),
+            ParameterSpec("clip", told("clip", bool), ParameterScope.SHARED, default=False),
             ParameterSpec("missing", told("missing", Missing), ParameterScope.SHARED, default="error"),
         ),
     )
@@ -105,12 +108,12 @@ def _merge(
     **scheme: Any,
 ) -> Tensor:
     if scheme["nodes"] == ALL:
-        normalize, prior = _without_masks(**scheme)
-        return merge_parameters(group, name, weight, sidecar, normalize, prior, missing, "factored")
+        normalize, prior, clip = _without_masks(**scheme)
+        return merge_parameters(group, name, weight, sidecar, normalize, prior, clip, missing, "factored")
     by, inputs = Scheme(**scheme), counted_inputs(group, weight)
     if isinstance(inputs, Tensor):
         return inputs
-    start = prior_of(group, weight, by.prior)
+    start = prior_of(group, weight, by.prior, by.clip)
     sidecars = [find_sidecar(entry.id, sidecar[entry.id], "mask", missing, _read_once) for entry, _ in inputs]
     compare_measurements(sidecars)
     found = [
@@ -123,8 +126,8 @@ def _merge(
 
 
 def _without_masks(
-    nodes: Nodes, values: bool, normalize: Normalize, unmasked: Unmasked, prior: float
-) -> tuple[NormalizeParameters, float]:
+    nodes: Nodes, values: bool, normalize: Normalize, unmasked: Unmasked, prior: float, clip: bool
+) -> tuple[NormalizeParameters, float, bool]:
     """Refuse what has no meaning where all tensors are weighed by numbers of their own."""
     if values:
         raise RecipeError("values: true is about masks; nodes: all weighs the values, too, as it is")
@@ -134,7 +137,7 @@ def _without_masks(
         )
     if normalize == "layer":
         raise RecipeError("normalize: layer is about sites of masks; nodes: all takes none, model or tensor")
-    return normalize, prior
+    return normalize, prior, clip
 
 
 def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:

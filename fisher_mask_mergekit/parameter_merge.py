@@ -47,6 +47,7 @@ def merge_parameters(
     sidecar: Mapping[Hashable, str],
     normalize: NormalizeParameters,
     prior: float,
+    clip: bool,
     missing: Missing,
     kind: ParameterKind,
 ) -> Tensor:
@@ -59,6 +60,7 @@ def merge_parameters(
         sidecar: Likewise.
         normalize: What a model's Fisher information is divided by.
         prior: The parent's precision; 0 for none.
+        clip: Whether to keep to what the parent and the models have, see :class:`~fisher_mask_mergekit.weighting.Prior`.
         missing: What to do if a model has no sidecar.
         kind: Of sidecars.
 
@@ -71,7 +73,7 @@ def merge_parameters(
     if isinstance(inputs, Tensor):
         return inputs
     if group.base is not None:
-        prior_of(group, weight, prior)
+        prior_of(group, weight, prior, clip)
     found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     sidecars = [known for known in found if known is not None]
@@ -84,7 +86,7 @@ def merge_parameters(
     parameters = [record for record in records if record is not None]
     if sidecars and not parameters:
         return merge_rows(tensors, weights)
-    start = prior_of(group, weight, prior)
+    start = prior_of(group, weight, prior, clip)
     if len(sidecars) < len(inputs):
         return merge_rows(tensors, weights, prior=start)
     if len(parameters) < len(records):
@@ -223,7 +225,7 @@ def step_elements(
         weights: :math:`\lambda_j > 0`, of mean 1.
         factors: :math:`c_j`, :math:`\lambda_j` over the mean of :math:`F_j`.
         fisher: As :func:`merge_elements` takes it.
-        prior: :math:`\theta_0` and :math:`\kappa`.
+        prior: :math:`\theta_0` and :math:`\kappa`, and whether to clip.
 
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
@@ -232,13 +234,14 @@ def step_elements(
     """
 
     def add(index: Index, values: Sequence[Tensor], merged: Tensor) -> None:
-        *values, parent = values
+        *models, parent = values
         parent, total = parent.to(merged.dtype), torch.full_like(merged, prior.precision)
-        for number, (value, given, factor) in enumerate(zip(values, weights, factors, strict=True)):
+        for number, (value, given, factor) in enumerate(zip(models, weights, factors, strict=True)):
             part = fisher(number, index).to(merged.device, merged.dtype) * factor
             total += part
             merged.addcmul_(value - parent, part + given * prior.precision)
         merged.div_(total).add_(parent)
+        prior.confine(merged, values)
 
     return in_blocks([*tensors, prior.parent], add)
 

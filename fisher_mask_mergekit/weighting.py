@@ -6,7 +6,7 @@ Used by the merge itself and by what foretells it, so that they cannot disagree.
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -40,6 +40,7 @@ class Scheme:
         normalize: What a model's Fisher information is divided by.
         unmasked: How tensors that no mask node governs are weighted.
         prior: The parent's precision, see :func:`steps`; 0 for none.
+        clip: See :class:`Prior`.
     """
 
     nodes: Nodes = "paper"
@@ -47,6 +48,7 @@ class Scheme:
     normalize: Normalize = "none"
     unmasked: Unmasked = "average"
     prior: float = 0.0
+    clip: bool = False
 
     def __post_init__(self) -> None:
         check_prior(self.prior, self.normalize)
@@ -73,10 +75,23 @@ class Prior:
     Attributes:
         precision: :math:`\kappa > 0` of every element, where a model's Fisher information has the mean 1.
         parent: :math:`\theta_0`, of the models' shape and dtype.
+        clip: Whether every element stays between the least and the greatest that the parent and the models have.
     """
 
     precision: float
     parent: Tensor
+    clip: bool = False
+
+    def confine(self, merged: Tensor, values: Sequence[Tensor]) -> None:
+        """Clip a block, in place, if that is asked for.
+
+        Args:
+            merged: A block of the merge.
+            values: The same block of all models, and of the parent.
+        """
+        if self.clip:
+            least, greatest = reduce(torch.minimum, values), reduce(torch.maximum, values)
+            merged.clamp_(least.to(merged.dtype), greatest.to(merged.dtype))
 
 
 def check_prior(given: object, normalize: str) -> float:
@@ -155,13 +170,17 @@ def merge_rows(
         for value, row in zip(values, rows, strict=True):
             total.addcmul_(value, row[index])
 
-    def step(index: Index, values: Sequence[Tensor], total: Tensor) -> None:
-        *values, parent = values
-        total.copy_(parent)
-        for value, row in zip(values, rows, strict=True):
-            total.addcmul_(value - parent.to(total.dtype), row[index])
+    if prior is None:
+        return in_blocks(tensors, add)
 
-    return in_blocks(tensors, add) if prior is None else in_blocks([*tensors, prior.parent], step)
+    def step(index: Index, values: Sequence[Tensor], total: Tensor) -> None:
+        *models, parent = values
+        total.copy_(parent)
+        for value, row in zip(models, rows, strict=True):
+            total.addcmul_(value - parent.to(total.dtype), row[index])
+        prior.confine(total, values)
+
+    return in_blocks([*tensors, prior.parent], step)
 
 
 def shares(weights: Sequence[float], fishers: Sequence[Tensor] | None = None) -> Tensor:

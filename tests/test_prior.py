@@ -140,6 +140,44 @@ def test_it_computes_wide_and_rounds_once(models: Descendants, dtype: torch.dtyp
     assert_close(list(models.parent.values()), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("prior", [1.0, 30.0])
+def test_clipped_no_element_leaves_the_range_of_the_parent_and_the_models(
+    models: Descendants, prior: float
+) -> None:
+    free, merged = (models.merge(prior=prior, weight=WEIGHTS, clip=clip) for clip in (False, True))
+    beyond = 0
+    for name, value in merged.items():
+        if value.is_floating_point():
+            values = torch.stack([models.parent[name], *(state[name] for state in models.inputs.states)])
+            wanted = torch.minimum(torch.maximum(free[name], values.amin(0)), values.amax(0))
+            assert_close(value, wanted, rtol=0, atol=0)
+            beyond += int((value != free[name]).sum())
+    assert beyond > 100
+    plain = [models.merge(weight=WEIGHTS, clip=clip) for clip in (False, True)]
+    assert_close(plain[0], plain[1], rtol=0, atol=0)
+
+
+def test_clipped_a_model_merged_with_copies_of_itself_is_left_as_it_is(models: Descendants) -> None:
+    models.inputs.states = [models.inputs.states[0]] * 3
+    given = {"sidecar": [models.inputs.paths[0]] * 3, "prior": 3.0}
+    own = models.inputs.states[0]
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert float((models.merge(**given)[name] - own[name]).abs().max()) > 0.01
+    assert_close(models.merge(**given, clip=True), own, rtol=0, atol=0)
+
+
+def test_clipped_in_half_precision(models: Descendants) -> None:
+    states = [*models.inputs.states, models.parent]
+    halves = [{name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()} for state in states]  # fmt: skip
+    models.inputs.states, models.parent = halves[:3], halves[3]
+    for name, value in models.merge(prior=3.0, clip=True).items():
+        if value.is_floating_point():
+            values = torch.stack([state[name] for state in halves])
+            assert value.dtype == torch.bfloat16
+            assert bool((value >= values.amin(0)).all())
+            assert bool((value <= values.amax(0)).all())
+
+
 def test_without_sidecars_all_count_alike(models: Descendants) -> None:
     merged = models.merge(prior=1.0, sidecar=[models.inputs.paths[0], "", ""], missing="average")
     for name, value in merged.items():
@@ -194,7 +232,7 @@ def test_a_recipe_from_data_to_merge(tmp_path: Path, nodes: str) -> None:
     models = [one, tiny.sibling(tmp_path / "two", one, seed=1)]
     parent = tiny.sibling(tmp_path / "parent", one, seed=2)
     data = tiny.write_data(tmp_path / "data.jsonl")
-    parameters = {"nodes": nodes, "normalize": "tensor", "prior": 1.0}
+    parameters = {"nodes": nodes, "normalize": "tensor", "prior": 1.0, "clip": True}
     recipe = write_recipe(
         tmp_path, models, data, "fisher_mask", parameters=parameters, base_model=str(parent)
     )
@@ -204,9 +242,10 @@ def test_a_recipe_from_data_to_merge(tmp_path: Path, nodes: str) -> None:
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     name = "bert.encoder.layer.0.attention.self.value.weight"
     values = [load_file(folder / "model.safetensors")[name] for folder in (*models, parent)]
-    both = values[0] + values[1] - 2 * values[2]
-    if nodes == "paper":  # Values are averaged: 2/3 of both changes.
-        assert_close(merged[name], values[2] + both * 2 / 3, rtol=1e-5, atol=1e-6)
+    both, span = values[0] + values[1] - 2 * values[2], torch.stack(values)
+    if nodes == "paper":  # Values are averaged: 2/3 of both changes, clipped.
+        wanted = (values[2] + both * 2 / 3).clamp(span.amin(0), span.amax(0))
+        assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)
     else:
         assert float((merged[name] - values[2]).norm()) > 0.5 * float(both.norm())
 

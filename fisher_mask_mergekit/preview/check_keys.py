@@ -13,8 +13,8 @@ from fisher_mask_mergekit.store import adapted
 
 OF_A_MODEL = ("weight", "sidecar")
 OF_THE_MERGE: Mapping[str, tuple[str, ...]] = {
-    METHOD: ("nodes", "values", "normalize", "unmasked", "prior", "missing"),
-    DIAGONAL_METHOD: ("normalize", "prior", "missing"),
+    METHOD: ("nodes", "values", "normalize", "unmasked", "prior", "clip", "missing"),
+    DIAGONAL_METHOD: ("normalize", "prior", "clip", "missing"),
 }
 """The methods' parameters."""
 
