@@ -8,8 +8,9 @@ their papers recommend them untuned. With ``--add many.json`` of another run, of
 its merges count too. Writes ``many.json``, ``many.md`` and ``many.png`` into the work folder.
 """
 
+import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ import summary
 from compare import add_runs_option, arguments, bench, compare, groups_of, with_runs, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ways import AVERAGE, WITHOUT_DATA, diagonal, factored, from_parent, mask
+from ways import AVERAGE, WITHOUT_DATA, Way, diagonal, factored, from_parent, mask
 
 from fisher_mask_mergekit.evaluation.table import aligned
 
 TENSOR = {"normalize": "tensor"}
-MASK, ALL, DIAGONAL = mask("masks", TENSOR), factored("all", TENSOR), diagonal("diagonal", TENSOR)
+MASK, COLUMNS = mask("masks", TENSOR), mask("columns", {**TENSOR, "nodes": "columns"})
+ALL, DIAGONAL = factored("all", TENSOR), diagonal("diagonal", TENSOR)
 WAYS = (
     AVERAGE,
     mask("masks, normalize model", {"normalize": "model"}),
-    mask("columns", {**TENSOR, "nodes": "columns"}),
+    COLUMNS,
     ALL,
     DIAGONAL,
     *(from_parent(MASK, prior) for prior in (1, 3)),
@@ -57,15 +59,21 @@ def by_run(record: Mapping[str, Any]) -> str:
     return aligned(rows)
 
 
+def tables(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """By title, a table of the merges of each number of models."""
+    made = {}
+    for count, merges in found.items():
+        groups = f"{len(merges)} combination{'s' * (len(merges) != 1)}"
+        made[f"{count} models, {groups}"] = aligned(summary.rows(summary.summaries(merges)))
+    return made
+
+
 def markdown(record: Mapping[str, Any]) -> dict[str, str]:
     """The tables, by title, of what was written to ``many.json``."""
-    tables = {}
-    for count, found in pooled(record).items():
-        groups = f"{len(found)} combination{'s' * (len(found) != 1)}"
-        tables[f"{count} models, {groups}"] = aligned(summary.rows(summary.summaries(found)))
+    made = tables(pooled(record))
     if len(record["runs"]) > 1:
-        tables["Mean over the pairs of each run"] = by_run(record)
-    return tables
+        made["Mean over the pairs of each run"] = by_run(record)
+    return made
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
@@ -95,23 +103,33 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = arguments(__doc__)
+def options(description: str) -> argparse.ArgumentParser:
+    """What a comparison by numbers of models can be told."""
+    parser = arguments(description)
     parser.add_argument(
         "--counts",
         default="2,3,4,5,6",
         help="how many models at a time; 3:8 draws eight of the combinations of three [default: %(default)s]",
     )
     add_runs_option(parser)
-    given = parser.parse_args()
+    return parser
+
+
+def counted(given: argparse.Namespace, ways: Sequence[Way]) -> dict[str, Any]:
+    """Merge as many models at a time as asked for, in every way; what is written down."""
     setting = bench(given)
     records = {}
     for part in given.counts.split(","):
         count, _, most = part.partition(":")
         groups = groups_of(setting.subjects, int(count), int(most) if most else None)
         if groups:
-            records[count] = compare(setting, groups, WAYS)
-    record = with_runs(given, {**setting.facts(), "records": records})
+            records[count] = compare(setting, groups, ways)
+    return with_runs(given, {**setting.facts(), "records": records})
+
+
+def main() -> None:
+    given = options(__doc__).parse_args()
+    record = counted(given, WAYS)
     write(given.work / "many", record, markdown)
     draw(record, given.work / "many.png")
 

@@ -72,6 +72,11 @@ def from_parent(way: Way, prior: float) -> Way:
     return replace(way, name=f"{way.name}, prior {prior:g}", parameters=parameters, with_parent=True)
 
 
+def clipped(way: Way) -> Way:
+    """The same within the range that the parent and the models span."""
+    return replace(way, name=f"{way.name}, clip", parameters={**way.parameters, "clip": True})
+
+
 WITHOUT_DATA = (
     # What their papers recommend where nothing can be tuned; 0.7 is near what equal Fisher information gives two models from
     # their parent. The disjoint mean of TIES is mergekit's `normalize`.

@@ -106,6 +106,19 @@ def test_many_is_what_the_commands_give(
     assert "| merge                  | run 1 | run 2 |" in text
 
 
+def test_clipped(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--work", "work", "--parent", "parent", "--counts", "2:1,3"]
+    script("clipped", *options, monkeypatch=monkeypatch)
+    (found,) = json.loads(Path("work/clipped.json").read_text())["runs"]
+    free = [f"{way}, prior {prior}" for way in ("masks", "columns", "all") for prior in (1, 3)]
+    for groups in found["records"].values():
+        assert [group["results"]["merges"] for group in groups] == [
+            ["average", *(name for way in free for name in (way, f"{way}, clip"))]
+        ]
+    assert "Clipped, 3 models, 1 combination:" in Path("work/clipped.md").read_text()
+    assert [way.parameters.get("clip", False) for way in benchmark("clipped").WAYS[1:]] == [False, True] * 6
+
+
 def test_regmean(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script("regmean", "--work", "work", "--parent", "parent", monkeypatch=monkeypatch)
     (run,) = json.loads(Path("work/regmean.json").read_text())["runs"]

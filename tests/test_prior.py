@@ -159,7 +159,7 @@ def test_clipped_no_element_leaves_the_range_of_the_parent_and_the_models(
 
 def test_clipped_a_model_merged_with_copies_of_itself_is_left_as_it_is(models: Descendants) -> None:
     models.inputs.states = [models.inputs.states[0]] * 3
-    given = {"sidecar": [models.inputs.paths[0]] * 3, "prior": 3.0}
+    given: dict[str, Any] = {"sidecar": [models.inputs.paths[0]] * 3, "prior": 3.0}
     own = models.inputs.states[0]
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert float((models.merge(**given)[name] - own[name]).abs().max()) > 0.01
