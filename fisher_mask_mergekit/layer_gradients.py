@@ -92,7 +92,7 @@ def kind_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     its last axes; ``other``: anything else.
     """
     forward = type(module).forward
-    if forward is nn.Linear.forward:
+    if forward is nn.Linear.forward and output.ndim > 1:  # Else no axis is of samples or tokens.
         return "linear"
     if forward is Conv1D.forward:
         return "transposed"

@@ -15,7 +15,7 @@ from fisher_mask_mergekit.layer_gradients import Product
 _T = TypeVar("_T")
 
 _CHUNK = 2**20
-"""Elements that are made at a time on a processor, whose cache they fit in; elsewhere many times more."""
+"""Elements that are made at a time on a processor, few enough to stay near it; elsewhere more."""
 
 _GLANCE = 8
 """Elements of a token's gradient that are looked at first."""
@@ -141,9 +141,12 @@ class TokenMarginals(Marginals):
     ) -> None:
         """Linear modules' matrices, some tokens at a time; what the modules were given is looked at once."""
         call, like = products[0].call, products[0].gradient
+        if not like.numel():
+            return
         wide = torch.promote_types(like.dtype, torch.float32)
         sizes = [_sizes(one, self._splits[one.name]) for one in products]  # Of output and input.
-        step = max(1, _chunk(like) * len(like) // max(1, like[..., 0].numel() * max(map(max, sizes))))
+        held = (len(products) + 1) * like[..., 0].numel() * max(map(max, sizes))  # If all were made at once.
+        step = max(1, _chunk(like) * len(like) // held)
         rows = [like.new_zeros(1, size, dtype=wide) for size, _ in sizes]
         columns = like.new_zeros(len(products), sizes[0][1], dtype=wide)
         if weight is not None:
@@ -162,9 +165,9 @@ class TokenMarginals(Marginals):
             total[0] += torch.cat(_in_order(one, row_sums[0], column_sums))
 
 
-def _in_order(product: Product, left: _T, right: _T) -> tuple[_T, _T]:
-    """Of a module's output and its input, which is of its matrix's rows, and which of its columns; or the other way round."""
-    return (right, left) if product.call.kind == "transposed" else (left, right)
+def _in_order(product: Product, one: _T, other: _T) -> tuple[_T, _T]:
+    """Of a module's output and its input, which is of its matrix's rows, and which of its columns; and the other way round."""
+    return (other, one) if product.call.kind == "transposed" else (one, other)
 
 
 def _sizes(product: Product, split: Split) -> tuple[int, int]:
@@ -174,7 +177,7 @@ def _sizes(product: Product, split: Split) -> tuple[int, int]:
 
 def _chunk(values: Tensor) -> int:
     """Elements to make at a time."""
-    return _CHUNK if values.device.type == "cpu" else _CHUNK * 2**6
+    return _CHUNK if values.device.type == "cpu" else _CHUNK * 2**4
 
 
 def _squares(values: Tensor, wide: torch.dtype) -> Tensor:

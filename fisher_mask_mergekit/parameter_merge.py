@@ -26,7 +26,7 @@ from fisher_mask_mergekit.merging import (
     prior_of,
 )
 from fisher_mask_mergekit.parameter_records import AnyRecord
-from fisher_mask_mergekit.weighting import Prior, check_prior, merge_rows, relative
+from fisher_mask_mergekit.weighting import Prior, check_parent, check_prior, merge_rows, relative
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorEntry, TensorGroup
@@ -72,8 +72,8 @@ def merge_parameters(
     check_prior(prior, normalize)
     if isinstance(inputs, Tensor):
         return inputs
-    if group.base is not None:
-        prior_of(group, weight, prior, clip)
+    if prior and group.base is not None:
+        check_parent(prior, group.base.id, weight[group.base.id])
     found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     sidecars = [known for known in found if known is not None]

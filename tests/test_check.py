@@ -400,7 +400,7 @@ def test_keys_that_nobody_reads(pair: tuple[Path, Path], tmp_path: Path) -> None
         "error",
         f"fisher_diagonal has no parameter 'nodes': {ignored}",
     )
-    assert found_there.remedy == "remove it; there are weight, sidecar, normalize, prior, missing"
+    assert found_there.remedy == "remove it; there are weight, sidecar, normalize, prior, clip, missing"
 
 
 def test_the_parameters_that_it_knows_are_the_methods() -> None:

@@ -182,15 +182,15 @@ def test_a_layer_that_is_given_no_tokens_has_no_gradient() -> None:
 
 
 class _Empty(nn.Module):
-    """A layer that also runs another one on none of its tokens, and adds what that gives."""
+    """A layer that also runs two others on none of its tokens, with and without an axis of samples, and adds what they give."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.unhit = inner, nn.Linear(32, 32).double()
+        self.inner, self.unhit, self.unrouted = inner, nn.Linear(32, 32).double(), nn.Linear(32, 32).double()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        found = self.inner(hidden)
-        return torch.cat((found, self.unhit(hidden[:, :0])), 1)
+        found = torch.cat((self.inner(hidden), self.unhit(hidden[:, :0])), 1)
+        return found + self.unrouted(hidden.flatten(0, 1)[:0]).sum(0)
 
 
 @pytest.fixture
@@ -378,8 +378,32 @@ def test_by_token_it_makes_no_difference_which_way_round_a_matrix_is(labels: str
 def test_by_token_a_layer_that_is_given_no_tokens_has_no_gradient() -> None:
     model = tiny.classifier("bert").double()
     model.bert.encoder.layer[1].attention.self.key = _Empty(model.bert.encoder.layer[1].attention.self.key)
-    got = measure(model, by_token=True, labels="exact").fisher
-    assert float(got["bert.encoder.layer.1.attention.self.key.unhit.weight"].sum()) == 0
+    got = measure(model, by_token=True, labels="exact")
+    assert not got.one_by_one
+    for name in ("unhit", "unrouted"):
+        assert float(got.fisher[f"bert.encoder.layer.1.attention.self.key.{name}.weight"].sum()) == 0
+
+
+class _FirstOnly(nn.Module):
+    """A layer that runs another one on its first token alone, which then has no axis but its features'."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.first = inner, nn.Linear(32, 48).double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden) + self.first(hidden.reshape(-1, 32)[0])[:32]
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_a_layer_that_is_given_a_single_vector(by_token: bool) -> None:
+    model = tiny.classifier("bert").double()
+    model.bert.encoder.layer[1].attention.self.key = _FirstOnly(
+        model.bert.encoder.layer[1].attention.self.key
+    )
+    got = measure(model, by_token=by_token, labels="exact", size=1).fisher
+    name = "bert.encoder.layer.1.attention.self.key.first.weight"
+    assert_same({name: got[name]}, {name: naive(model, labels="exact")[name]})
 
 
 def test_by_token_where_several_runs_share_a_matrix_or_samples_run_one_at_a_time() -> None:

@@ -260,6 +260,23 @@ def test_a_prior_is_searched_too() -> None:
     assert sum(abs(math.log2((one.prior or 0) / 0.5)) < 0.5 for one in late) >= 10  # Of 30.
 
 
+def test_trials_of_before_a_prior_was_searched_count_as_the_recipes_own() -> None:
+    own = Coefficients({"a": 1.0, "b": 1.0}, "tensor", 3.0)
+    trials = [
+        Trial(number=number, weights={"a": 1.0, "b": 1.0 + number}, normalize="tensor", scores={}, value=1.0)
+        for number in range(12)
+    ]
+    tried = suggest(own, ("model", "tensor"), trials, seed=0)
+    told = [one.model_copy(update={"prior": 3.0}) for one in trials]
+    assert suggest(own, ("model", "tensor"), told, seed=0) == tried
+
+
+def test_a_number_that_is_not_moved_is_left_as_it_is() -> None:
+    own = Coefficients({"a": 1.0, "b": 1.0}, "tensor", 2 / 3)
+    assert own.at({"b": 0.0}, "tensor") == own
+    assert own.at({"b": 0.0}, "tensor", 1.0).prior == 1.333
+
+
 def test_two_seeds_share_no_trials() -> None:
     own = Coefficients({"a": 1.0, "b": 1.0}, None)
     # Of trials without a score, nothing is learned: what is tried is the generator's alone.
@@ -612,6 +629,10 @@ def test_recipes_that_cannot_be_tuned(drafted: Path) -> None:
     )
     drafted.write_text(common)
     assert "without anchors (&) and aliases (*)" in refused(drafted)
+    # Trials move a prior, too.
+    priors = "common: &one {normalize: tensor, prior: 1}\nparameters: *one\nslices:"
+    drafted.write_text(text.replace("slices:", priors, 1))
+    assert "without anchors (&) and aliases (*)" in refused(drafted)
     drafted.write_text("merge_method: [")
     assert "is not YAML" in refused(drafted)
     assert not (work / "tuned.yml").exists()
@@ -834,7 +855,15 @@ slices:
     found = with_coefficients(recipe, read_coefficients(recipe).at({"b": 0.0}, "tensor", 1.5))
     assert found["parameters"] == {"normalize": "tensor", "prior": 2.828}
     assert [part["parameters"] for part in found["slices"]] == [{}, {}]
-    for top, second in (("1", "prior: 2"), ("0", "prior: 1"), ("[1, 2]", "")):
+    path.write_text(text % ("1e-2", "", ""))  # Text, to YAML 1.1; a number to the merge.
+    assert read_coefficients(read_recipe(path)).prior == 0.01
+    for top, second in (
+        ("1", "prior: 2"),
+        ("0", "prior: 1"),
+        ("[1, 2]", ""),
+        ("much", ""),
+        (9 * "9" * 99, ""),
+    ):
         path.write_text(text % (top, "", second))
         recipe = read_recipe(path)
         own = read_coefficients(recipe)

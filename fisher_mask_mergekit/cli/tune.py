@@ -78,8 +78,8 @@ def _report(tuning: "Tuning", study: "Study") -> "Iterator[str]":
         rows.append([f"weight of {short}", "", *(f"{one.weights[name]:.4g}" for one in pair)])
     if study.best.normalize is not None:
         rows.append(["normalize", "", *(str(one.normalize) for one in pair)])
-    if study.best.prior is not None:
-        rows.append(["prior", "", *(f"{one.prior or 0:.4g}" for one in pair)])
+    if tuning.own.prior is not None:
+        rows.append(["prior", "", *(f"{one.prior or tuning.own.prior:.4g}" for one in pair)])
     for one in tuning.subjects:
         cells = [described(each.scores[one.name], 3) for each in pair]
         rows.append([f"{one.name} {one.metrics[0].name}", described(study.own[one.name], 3), *cells])

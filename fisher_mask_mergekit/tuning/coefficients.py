@@ -45,7 +45,7 @@ class Coefficients:
         """The same models with other lambdas, and ``prior`` so many octaves up; short enough to read in a recipe."""
         first = self.weights[self.counted[0]]
         moved = {name: _short(first * 2**octave) for name, octave in octaves.items()}
-        prior = self.prior and _short(self.prior * 2**prior_octave)
+        prior = _short(self.prior * 2**prior_octave) if self.prior and prior_octave else self.prior
         return Coefficients({**self.weights, **moved}, normalize, prior)
 
 
@@ -79,9 +79,7 @@ def read_coefficients(recipe: Recipe) -> Coefficients:
             raise RecipeError(
                 f"{where}: normalize is {normalize!r}; tune takes one plain name for the whole merge: {known}"
             )
-        prior = _shared(recipe, "prior")
-        is_plain = isinstance(prior, int | float) and not isinstance(prior, bool) and 0 < prior < math.inf
-        found = Coefficients(weights, normalize, float(prior) if is_plain else None)
+        found = Coefficients(weights, normalize, _positive(_shared(recipe, "prior")))
     if len(found.counted) < 2:
         raise RecipeError(
             f"{where}: only {len(found.counted)} of its models have a weight above 0; there is nothing to tune"
@@ -100,6 +98,15 @@ def _weight(model: RecipeModel, where: Path) -> float | None:
     if weight is not None and not 0 <= weight < math.inf:
         raise RecipeError(f"{where}: weight of {model.name} is {weight}; expected a number of 0 or more")
     return weight
+
+
+def _positive(given: Any) -> float | None:
+    """A number above 0, also as text, as YAML has one without a point and with an exponent; None if it is none."""
+    try:
+        number = float(given) if isinstance(given, int | float | str) else 0.0
+    except (ValueError, OverflowError):
+        return None
+    return number if 0 < number < math.inf else None
 
 
 def _shared(recipe: Recipe, name: str) -> Any:

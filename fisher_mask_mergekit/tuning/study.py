@@ -166,8 +166,8 @@ def suggest(own: Coefficients, choices: Sequence[str], trials: Sequence[Trial], 
 
 def _frozen(optuna: Any, trial: Trial, own: Coefficients, distributions: Mapping[str, Any]) -> Any:
     octaves = {f"{_WEIGHT}{name}": octave for name, octave in trial.coefficients.octaves.items()}
-    if own.prior is not None and trial.prior is not None:
-        octaves[_PRIOR] = math.log2(trial.prior / own.prior)
+    if own.prior is not None:  # A trial without one is of a version that left it as it is.
+        octaves[_PRIOR] = math.log2((trial.prior or own.prior) / own.prior)
     params: dict[str, Any] = {}
     for name, octave in octaves.items():  # What was rounded may be beyond the range.
         params[name] = min(max(octave, distributions[name].low), distributions[name].high)

@@ -102,9 +102,10 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
         raise RecipeError(f"{out} exists, and no study beside it; remove it, or choose another OUT")
     own = read_coefficients(recipe)
     text = recipe.path.read_text(encoding="utf-8")
-    # That the best can be written is not found out last: all lambdas apart, and a normalize that must be said.
+    # That the best can be written is not found out last: all lambdas apart, another normalize, another prior.
     apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
-    written(recipe, text, own.at(apart, (normalizations(recipe) or (None,))[-1]), [])
+    another = next((one for one in normalizations(recipe) if one != own.normalize), own.normalize)
+    written(recipe, text, own.at(apart, another, 1.0), [])
     held = held_back(recipe, samples, options)
     subjects = held.subjects
     refuse_tokenizer(recipe, subjects)
