@@ -7,6 +7,8 @@ interrupted goes on where it was. All ways' merges of a set are in memory at onc
 import argparse
 import hashlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -368,9 +370,14 @@ def _same_head(setting: Bench, name: str) -> Path:
             for tensor_name, tensor in model.named_parameters():
                 if is_head(tensor_name):
                     tensor.zero_()
-        temporary = folder.with_name(f".{folder.name}")
+        temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
         model.save_pretrained(temporary)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            shutil.rmtree(temporary)  # Another run in the same work folder was first.
     return folder.resolve()
 
 

@@ -1,6 +1,7 @@
 """The benchmarks that compare merges, whole, on tiny models."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from torch.testing import assert_close
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from fisher_mask_mergekit.opening import read_any
 from tests import tiny
@@ -324,6 +325,23 @@ def test_nothing_stale_is_served(three: Path, monkeypatch: pytest.MonkeyPatch) -
     AutoModel.from_pretrained("b").save_pretrained("parent")
     compare._weights.cache_clear()
     assert counted(monkeypatch) == 6
+
+
+def test_two_runs_may_share_a_work_folder(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one makes the parent's copy while this one does."""
+    save = BertForSequenceClassification.save_pretrained
+    places: list[Path] = []
+
+    def both(self: BertForSequenceClassification, folder: Path) -> None:
+        places.append(folder)
+        save(self, folder)
+        shutil.copytree(folder, Path("work/same-head") / Path(folder).name.split("-")[0].lstrip("."))
+
+    monkeypatch.setattr(BertForSequenceClassification, "save_pretrained", both)
+    assert counted(monkeypatch) == 1
+    assert len(places) == 1
+    (made,) = Path("work/same-head").iterdir()
+    assert (made / "model.safetensors").is_file()
 
 
 def test_scores_that_are_not_defined_are_left_out() -> None:
