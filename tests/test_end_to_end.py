@@ -188,11 +188,18 @@ def test_two_classifiers_with_different_heads_from_their_parent(tmp_path: Path) 
     command("mergekit-yaml", "recipe.yml", "merged", cwd=work)
     merged, start = weights_of(work / "merged"), weights_of(work / "masked")
     own = [weights_of(folder) for folder in (two, three)]
-    name = "bert.encoder.layer.1.attention.self.value.weight"  # All count alike: 2/3 of both changes.
-    assert_close(merged[name], start[name] + (own[0][name] + own[1][name] - 2 * start[name]) * 2 / 3)
-    name = "bert.encoder.layer.1.intermediate.dense.weight"
-    alike = start[name] + (own[0][name] + own[1][name] - 2 * start[name]) * 2 / 3
-    assert float((merged[name] - alike).abs().max()) > 1e-4
+
+    def alike(name: str) -> torch.Tensor:
+        """2/3 of both changes, clipped."""
+        span = torch.stack([start[name], own[0][name], own[1][name]])
+        both = start[name] + (own[0][name] + own[1][name] - 2 * start[name]) * 2 / 3
+        return both.clamp(span.amin(0), span.amax(0))
+
+    name = "bert.encoder.layer.1.attention.self.value.weight"
+    assert_close(merged[name], alike(name))
+    for part in ("intermediate", "output"):  # Rows of one, and columns of the other.
+        name = f"bert.encoder.layer.1.{part}.dense.weight"
+        assert float((merged[name] - alike(name)).abs().max()) > 1e-4
     assert_close(merged["classifier.weight"], own[0]["classifier.weight"], rtol=0, atol=0)
     written = command("mergekit-fisher", "heads", "recipe.yml", "merged", "tasks", cwd=work).stdout.split()
     assert written == ["tasks/two", "tasks/three"]
@@ -207,7 +214,7 @@ def test_a_parent_must_have_what_the_models_have(tmp_path: Path) -> None:
     body, head = recipe["slices"]  # Heads of like shape, and none of them the parent's.
     assert [source["model"] for source in head["sources"]] == [str(one)]
     assert [source["model"] for source in body["sources"]] == [str(one), str(two), body["base_model"]]
-    assert recipe["parameters"] == {"normalize": "tensor", "prior": 1}
+    assert recipe["parameters"] == {"nodes": "columns", "normalize": "tensor", "prior": 1, "clip": True}
     with pytest.raises(RecipeError, match="a checkpoint is named twice"):
         draft_recipe([str(one), str(two)], parent=str(two))
     many = [str(tiny.sibling(tmp_path / f"{seed}", one, seed)) for seed in range(5)]
