@@ -168,7 +168,9 @@ def _slices_recipe(
     return "\n".join([*lines, ""])
 
 
-_FROM_PARENT = "parameters: {{nodes: columns, normalize: tensor, prior: {}, clip: true}}  # docs/choosing.md says why"
+_FROM_PARENT = (
+    "parameters: {{nodes: columns, normalize: tensor, prior: {}, clip: true}}  # docs/choosing.md says why"
+)
 _MANY = 5
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 _DEFAULTS = ["fisher: {samples: 128, seed: 0}", "dtype: float32"]
