@@ -21,7 +21,7 @@ from typing import Any
 
 import summary
 from compare import arguments, bench, compare, with_settings, write
-from ways import AVERAGE, MOST_EXACT, Way, factored, from_parent, mask, normalized
+from ways import ALL, AVERAGE, COLUMNS, MASK, MOST_EXACT, Way, from_parent, mask, normalized
 
 from fisher_mask_mergekit.evaluation.plan import Subject
 from fisher_mask_mergekit.evaluation.table import aligned
@@ -44,12 +44,11 @@ CROSSED = ("mask_placement pre", "estimator batch")
 UNMASKED = ("layer", "universal")
 
 BALANCE = ("none", "model", "tensor")
-COLUMNS, ALL = mask("columns", {"nodes": "columns"}), factored("all")
 FROM_PARENT = from_parent(ALL, 1)
 BALANCED = (
     AVERAGE,
     *(normalized(way, kind) for way in (COLUMNS, ALL) for kind in BALANCE),
-    from_parent(mask("masks"), 1),
+    from_parent(MASK, 1),
     from_parent(COLUMNS, 1),
     FROM_PARENT,
     normalized(FROM_PARENT, "model"),

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compare import write
-from many import ALL, COLUMNS, MASK, counted, options, pooled, tables
-from ways import AVERAGE, clipped, from_parent
+from many import counted, options, pooled, tables
+from ways import ALL, AVERAGE, COLUMNS, MASK, clipped, from_parent
 
 FREE = [from_parent(way, prior) for way in (MASK, COLUMNS, ALL) for prior in (1, 3)]
 WAYS = (AVERAGE, *(way for free in FREE for way in (free, clipped(free))))

@@ -19,19 +19,14 @@ import summary
 from compare import add_runs_option, arguments, bench, compare, groups_of, with_runs, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ways import AVERAGE, WITHOUT_DATA, Way, diagonal, factored, from_parent, mask
+from ways import ALL, AVERAGE, COLUMNS, DIAGONAL, MASK, WITHOUT_DATA, Way, by_tensor, from_parent, normalized
 
 from fisher_mask_mergekit.evaluation.table import aligned
 
-TENSOR = {"normalize": "tensor"}
-MASK, COLUMNS = mask("masks", TENSOR), mask("columns", {**TENSOR, "nodes": "columns"})
-ALL, DIAGONAL = factored("all", TENSOR), diagonal("diagonal", TENSOR)
 WAYS = (
     AVERAGE,
-    mask("masks, normalize model", {"normalize": "model"}),
-    COLUMNS,
-    ALL,
-    DIAGONAL,
+    normalized(MASK, "model"),
+    *map(by_tensor, (COLUMNS, ALL, DIAGONAL)),
     *(from_parent(MASK, prior) for prior in (1, 3)),
     *(from_parent(ALL, prior) for prior in (1, 3)),
     from_parent(DIAGONAL, 1),

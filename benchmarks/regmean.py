@@ -18,7 +18,7 @@ import summary
 import torch
 from compare import add_runs_option, arguments, bench, compare, with_runs, write
 from torch import Tensor, nn
-from ways import AVERAGE, Way, factored, from_parent, mask
+from ways import ALL, AVERAGE, COLUMNS, Way, by_tensor, from_parent
 
 from fisher_mask_mergekit.batches import Limit, padded_batches
 from fisher_mask_mergekit.checkpoint import read_tensors
@@ -32,9 +32,8 @@ from fisher_mask_mergekit.tasks import Tokenization
 
 OFF_DIAGONAL = 0.9
 """By which the authors multiply inner products of different inputs."""
-COLUMNS, ALL = mask("columns", {"nodes": "columns"}), factored("all", {"normalize": "tensor"})
 REGMEAN = Way("regmean", "regmean", {"off_diagonal": OFF_DIAGONAL})
-WAYS = (AVERAGE, REGMEAN, ALL, from_parent(COLUMNS, 1), from_parent(ALL, 1))
+WAYS = (AVERAGE, REGMEAN, by_tensor(ALL), from_parent(COLUMNS, 1), from_parent(ALL, 1))
 
 
 def inner_products(subject: Subject, device: torch.device) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import numpy
 import summary
 import yaml
 from compare import Bench, arguments, bench, compare, entries, groups_of, recipe_of, results_key, same, write
-from ways import AVERAGE, Way, factored, from_parent, mask
+from ways import ALL, AVERAGE, MASK, Way, from_parent
 
 from fisher_mask_mergekit.data import load_samples
 from fisher_mask_mergekit.evaluation.plan import Merge, Options, Subject
@@ -28,7 +28,7 @@ from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.tuning.tune import claimed, prepare, run
 
-UNTUNED = (AVERAGE, from_parent(mask("masks"), 1), from_parent(factored("all"), 1))
+UNTUNED = (AVERAGE, from_parent(MASK, 1), from_parent(ALL, 1))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,15 @@ def factored(name: str, parameters: Mapping[str, Any] | None = None, **measured:
     )
 
 
+MASK, COLUMNS = mask("masks"), mask("columns", {"nodes": "columns"})
+ALL, DIAGONAL = factored("all"), diagonal("diagonal")
+
+
+def by_tensor(way: Way) -> Way:
+    """The same, each tensor's Fisher information over its mean."""
+    return replace(way, parameters={**way.parameters, "normalize": "tensor"})
+
+
 def normalized(way: Way, kind: str) -> Way:
     """The same with ``normalize``."""
     return replace(
@@ -68,7 +77,7 @@ def normalized(way: Way, kind: str) -> Way:
 
 def from_parent(way: Way, prior: float) -> Way:
     """The same from the models' common parent, each tensor's Fisher information over its mean."""
-    parameters = {**way.parameters, "normalize": "tensor", "prior": prior}
+    parameters = {**by_tensor(way).parameters, "prior": prior}
     return replace(way, name=f"{way.name}, prior {prior:g}", parameters=parameters, with_parent=True)
 
 

@@ -144,11 +144,12 @@ class TokenMarginals(Marginals):
         if not like.numel():
             return
         wide = torch.promote_types(like.dtype, torch.float32)
-        sizes = [_sizes(one, self._splits[one.name]) for one in products]  # Of output and input.
-        held = (len(products) + 1) * like[..., 0].numel() * max(map(max, sizes))  # If all were made at once.
+        outputs = [one.gradient.shape[-1] for one in products]
+        width = totals[0].shape[-1] - outputs[0]  # Of the input.
+        held = like[..., 0].numel() * (width + sum(outputs))  # If all were made at once.
         step = max(1, _chunk(like) * len(like) // held)
-        rows = [like.new_zeros(1, size, dtype=wide) for size, _ in sizes]
-        columns = like.new_zeros(len(products), sizes[0][1], dtype=wide)
+        rows = [like.new_zeros(1, size, dtype=wide) for size in outputs]
+        columns = like.new_zeros(len(products), width, dtype=wide)
         if weight is not None:
             weight = weight.repeat_interleave(like[..., 0].numel() // len(weight)).reshape(len(like), -1)
         for first in range(0, len(like), step):
@@ -165,14 +166,9 @@ class TokenMarginals(Marginals):
             total[0] += torch.cat(_in_order(one, row_sums[0], column_sums))
 
 
-def _in_order(product: Product, one: _T, other: _T) -> tuple[_T, _T]:
-    """Of a module's output and its input, which is of its matrix's rows, and which of its columns; and the other way round."""
-    return (other, one) if product.call.kind == "transposed" else (one, other)
-
-
-def _sizes(product: Product, split: Split) -> tuple[int, int]:
-    """Of a module's output, and of its input."""
-    return _in_order(product, split.rows, split.columns)
+def _in_order(product: Product, output: _T, given: _T) -> tuple[_T, _T]:
+    """What is of a module's output and of its input: which of its matrix's rows, which of its columns."""
+    return (given, output) if product.call.kind == "transposed" else (output, given)
 
 
 def _chunk(values: Tensor) -> int:
