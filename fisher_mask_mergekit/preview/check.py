@@ -64,7 +64,7 @@ def _settings(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
         if model.is_base and model.weight is None and _is_listed(model.name, document) and not is_parent:
             yield Finding(
                 "warning", "weight", f"{model.name} is listed, but as the base model it does not count without a weight",
-                "parameters: {weight: 1.0} beside it",
+                "parameters: {weight: 1.0} beside it; or, if it is only the others' parent, out of the list",
             )  # fmt: skip
     for key in ("dtype", "out_dtype"):
         if document.get(key) == "float16":
