@@ -35,5 +35,6 @@ class Vocabulary:
         known = numpy.setdiff1d(numpy.arange(min(len(self.tokenizer), self.rows)), special)
         if not len(known):
             raise DataError(f"data '{RANDOM}': the checkpoint's tokenizer has no tokens but special ones")
-        draws = (numpy.random.default_rng([settings.seed, index]) for index in range(settings.samples))
+        # The 2 keeps these apart from the labels drawn from the model, and the tokens masked, by the same seed and index.
+        draws = (numpy.random.default_rng([settings.seed, index, 2]) for index in range(settings.samples))
         return [self.tokenizer.decode(draw.choice(known, TOKENS).tolist()) for draw in draws]
