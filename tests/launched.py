@@ -1,4 +1,4 @@
-"""Processes as a launcher starts them, and what they are to measure. As a script, one of them: FOLDER, its measurements."""
+"""Processes as a launcher starts them, and what they are to measure. As a script, one of them: FOLDER DEVICE, its measurements."""
 
 import os
 import socket
@@ -114,8 +114,8 @@ CASES = (
 )  # fmt: skip
 
 
-def measured(case: Case, folder: Path, **processes: Any) -> Any:
-    """What a case gives in this process, or in it and others."""
+def measured(case: Case, folder: Path, device: Any = "cpu", **processes: Any) -> Any:
+    """What a case gives in this process, or in it and others, on the device of this one."""
     import torch
 
     from fisher_mask_mergekit.execution import Execution
@@ -127,7 +127,7 @@ def measured(case: Case, folder: Path, **processes: Any) -> Any:
     job = prepare(str(folder / case.model), FisherSettings.model_validate(given), force=True)
     assert job.inputs is not None
     how = case.how if processes else {name: value for name, value in case.how.items() if name != "spread"}
-    return measure(job, job.inputs, torch.device("cpu"), Execution(**how), **processes)
+    return measure(job, job.inputs, torch.device(device), Execution(**how), **processes)
 
 
 def make(folder: Path) -> None:
@@ -154,16 +154,17 @@ def make(folder: Path) -> None:
     tiny.write_data(folder / "data.jsonl")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str) -> None:
     """Measure all cases together with the other processes; the first keeps what they gave."""
     import torch
 
     from fisher_mask_mergekit.processes import joined
 
     found = {}
-    with joined("cpu") as (processes, _):
+    place, here = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    with joined(device, place, here) as (processes, own):
         for case in CASES:
-            found[str(case)] = measured(case, folder, processes=processes)
+            found[str(case)] = measured(case, folder, own, processes=processes)
             if not processes.is_first:  # Everyone has the same sums.
                 del found[str(case)]
         if processes.is_first:
@@ -171,4 +172,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

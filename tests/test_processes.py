@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_number_of_processes_changes_nothing(folder: Path, count: int) -> None:
-    for ended in launch([["-m", "tests.launched", folder]] * count):
+    for ended in launch([["-m", "tests.launched", folder, "cpu"]] * count):
         assert ended.code == 0, ended.stderr
     together = torch.load(folder / f"{count}.pt", weights_only=False)
     assert len(together) == len(CASES)
