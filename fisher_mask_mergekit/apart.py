@@ -1,4 +1,4 @@
-"""Do a batch's samples lie one after the other in all that is seen of them? Run one by itself, and compare."""
+"""Do a batch's samples lie one after the other in all that is seen of them, and does padding change nothing? Run one by itself, and compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,16 +64,14 @@ def lie_apart(gradients: "Gradients", task: Task, batch: Batch, together: Likeli
     Raises:
         MeasurementError: If a sample gives something else by itself.
     """
-    eps = torch.finfo(next(gradients.model.parameters()).dtype).eps
+    near = _near(gradients)
     apart = True
-    singles = list(batch.split())
     for place, position in enumerate(seen.positions):
         single = Seen(1)
-        likelihood, fits = gradients.alone(task, singles[position], single)
+        likelihood, fits = gradients.alone(task, batch.single(position), single)
         with torch.no_grad():
-            alone, expected = likelihood.outputs(0), together.outputs(position)
-            gap = float((alone - expected).abs().max())
-            if gap > eps**0.5 * max(1.0, float(expected.abs().max())):
+            gap, allowed = _gap(likelihood.outputs(0), together.outputs(position), near)
+            if gap > allowed:
                 raise MeasurementError(
                     f"sample {batch.index[position]} gave log-probabilities up to {gap:.3g} apart in a batch and by "
                     "itself: the model has a random layer that evaluation mode does not switch off, or mixes samples"
@@ -81,15 +79,35 @@ def lie_apart(gradients: "Gradients", task: Task, batch: Batch, together: Likeli
             apart &= fits and single.parts.keys() <= seen.parts.keys()
             for where, parts in seen.parts.items():
                 own = single.parts.get(where)
-                apart &= bool(parts and own and _is_alike(parts[place], own[0], eps))
+                apart &= bool(parts and own and _is_alike(parts[place], own[0], near))
     return apart
 
 
-def _is_alike(chunk: _Glimpse, alone: _Glimpse, eps: float) -> bool:
+@torch.no_grad()
+def ignores_padding(gradients: "Gradients", task: Task, batch: Batch, together: Likelihood) -> bool:
+    """Run the sample of a batch that is padded most by itself, without its padding: whether it gives the same."""
+    position = int(batch.lengths().argmin())
+    alone = gradients.run(task, batch.single(position).trimmed()).outputs(0)
+    expected = together.outputs(position)
+    gap, allowed = _gap(alone, expected, _near(gradients)) if alone.shape == expected.shape else (1, 0)
+    return gap <= allowed
+
+
+def _near(gradients: "Gradients") -> float:
+    """How far apart, relatively, what is rounded may be; float64 models may compute a part in float32."""
+    return max(torch.finfo(next(gradients.model.parameters()).dtype).eps ** 0.5, 1e-6)
+
+
+def _gap(alone: Tensor, expected: Tensor, near: float) -> tuple[float, float]:
+    """The largest difference, and what rounding explains of it."""
+    if not expected.numel():
+        return 0.0, 0.0
+    return float((alone - expected).abs().max()), near * max(1.0, float(expected.abs().max()))
+
+
+def _is_alike(chunk: _Glimpse, alone: _Glimpse, near: float) -> bool:
     """Whether what was seen of one sample by itself is what was seen of it in the batch."""
     if alone.shape != chunk.shape:
         return False
-    if not chunk.values.numel():
-        return True
-    gap, largest = (alone.values - chunk.values).abs().max(), chunk.values.abs().max()
-    return bool((gap <= eps**0.5 * max(1.0, float(largest))).item())
+    gap, allowed = _gap(alone.values, chunk.values, near)
+    return gap <= allowed

@@ -193,9 +193,9 @@ def dealt(encoded: EncodedSamples, rank: int, count: int, batch: int | None = No
 
 
 def _width(sample: Encoded) -> int:
-    """How many tokens a sample is to the model; of a choice among several, all of theirs."""
+    """How many tokens a sample is to the model: of a choice among several, all of theirs; of a text and its target, the longer."""
     ids = sample.inputs["input_ids"]
-    return _length(ids) * (len(ids) if isinstance(ids[0], list) else 1)
+    return max(_length(ids) * (len(ids) if isinstance(ids[0], list) else 1), _length(sample.labels))
 
 
 def _filler(name: str, tokenizer: Any, rows: list[Encoded]) -> int:

@@ -73,7 +73,7 @@ class DiagonalGradients:
     _weight: Tensor | None = None
     _hooks: ExitStack = field(default_factory=ExitStack)
     _shared: set[nn.Module] = field(default_factory=set)
-    _counted: list[Call] = field(default_factory=list)
+    _counted: list[tuple[Call, Tensor, int]] = field(default_factory=list)
     _asking: bool = False
     _added: bool = False
 
@@ -117,7 +117,11 @@ class DiagonalGradients:
             try:
                 likelihood = self.run(task, sample, seen)
                 entered = self._uses(likelihood.losses().sum(), ())
-                intact = all(call.is_intact() for call in self._counted)
+                intact = all(
+                    # A hook on a view is lost when that is changed in place: what a linear map with a bias gives is one.
+                    call.is_intact() and not (output._is_view() and output._version != version)
+                    for call, output, version in self._counted
+                )
                 return likelihood, intact and all(count <= self.uses[name] for name, count in entered.items())
             finally:
                 self.uses = None
@@ -167,7 +171,7 @@ class DiagonalGradients:
         names = [self._names[id(parameter)] for parameter in own_parameters(module).values()]
         if self.uses is not None:
             call = Call(module, "other", 1, args, kwargs)
-            self._counted.append(call)
+            self._counted.append((call, output, output._version))
             self.uses += self._uses(output, call.tensors())
         call, output = self._call(module, args, kwargs, output)
         if self.seen is not None:

@@ -1,6 +1,6 @@
 """Fisher information of mask nodes, from batched forward and backward passes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.mask_gradients import MaskGradients
 from fisher_mask_mergekit.passes import Agree, frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Estimator, Labels, MaskPlacement
-from fisher_mask_mergekit.sites import NodeKey, Site, stack_of
+from fisher_mask_mergekit.sites import NodeKey, Site
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch, Task
 
@@ -26,7 +26,7 @@ class MaskFisher:
         loss: Mean over samples of their negative log-likelihood, in nats.
         accuracy: Mean over samples of the share of predictions whose most probable outcome is the data's.
         one_by_one: Whether samples ran one at a time, because not every site keeps them apart in a batch.
-        unreached: Sites of a stack that no sample ran through (a vision tower without images): all zeros.
+        unreached: Sites that no sample ran through (a vision tower's without images, an expert's): all zeros.
     """
 
     fisher: dict[NodeKey, Tensor]
@@ -99,11 +99,15 @@ def mask_fisher(
 
     Raises:
         MeasurementError: If there is no sample; a loss or a gradient is not finite (names the site and
-            the node); a sample gives something else by itself than in its batch; or no gradient
-            reaches a site, though it does reach others of its stack.
+            the node); a sample gives something else by itself than in its batch; no gradient reaches
+            any site, or one that did run; or if the batch estimator is to take all labels.
 
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
+    if (labels, estimator) == ("exact", "batch"):
+        raise MeasurementError(
+            "estimator 'batch' squares one gradient per batch; it takes labels data or sampled"
+        )
     sites = tuple(sites)
     gradients = MaskGradients(model, sites, mask_placement, estimator, recompute, tally or Tally())
     if agree is not None and gradients.tally.one_by_one:
@@ -116,16 +120,18 @@ def mask_fisher(
     )
     with frozen(model), gradients.attached():
         run_samples(gradients, batches, task, labels=labels, seed=seed, on_batch=on_batch, agree=agree)
-    return _means(settle(gradients.tally), sites, estimator)
+    return _means(settle(gradients.tally), sites, estimator, gradients.ran)
 
 
-def _means(tally: Tally[NodeKey], sites: tuple[Site, ...], estimator: Estimator) -> MaskFisher:
+def _means(
+    tally: Tally[NodeKey], sites: tuple[Site, ...], estimator: Estimator, ran: Collection[str]
+) -> MaskFisher:
     if tally.samples == 0:
         raise no_sample()
     sums, samples = tally.sums, tally.samples
     for key, total in sums.items():  # In backward order: the first that is bad is where it began.
         _check_finite(total, key)
-    unreached = _unreached(sites, sums)
+    unreached = _unreached(sites, sums, ran)
     scale = 1 if estimator == "batch" else samples
     like = next(iter(sums.values()))
     fisher = {}
@@ -138,16 +144,17 @@ def _means(tally: Tally[NodeKey], sites: tuple[Site, ...], estimator: Estimator)
     )
 
 
-def _unreached(sites: tuple[Site, ...], reached: dict[NodeKey, Tensor]) -> tuple[str, ...]:
-    """The sites of stacks that no sample ran through.
+def _unreached(
+    sites: tuple[Site, ...], reached: Mapping[NodeKey, Tensor], ran: Collection[str]
+) -> tuple[str, ...]:
+    """The sites that no sample ran through.
 
     Raises:
-        MeasurementError: If a stack was run, but not all of its sites, or none was.
+        MeasurementError: If one, or the module around it, was run, and its gradient did not arrive, or none was.
     """
-    ran = {output for output, _ in reached}
-    stacks = {stack_of(output) for output in ran}
-    unreached = tuple(site.output for site in sites if site.output not in ran)
-    strange = [output for output in unreached if stack_of(output) in stacks or not stacks]
+    there = {output for output, _ in reached}
+    unreached = tuple(site.output for site in sites if site.output not in there)
+    strange = [output for output in unreached if output in ran or not there]
     if strange:
         raise MeasurementError(
             f"no gradient reached {strange[0]}: the model does not run it, or does not use what it gives"

@@ -40,6 +40,8 @@ class MaskGradients:
         pending: Sums over the samples that run; of squares, or of gradients for the batch estimator.
         means: The batch's gradients so far, for the batch estimator.
         seen: If not None, gets what a forward pass gives each site.
+        ran: The outputs of the sites that were run, or the module around which was; those of experts' weights aside.
+        checked: Those that were while something was looked at.
         watched: The sites' activations in a forward pass, in the order that they ran; None for what is still to
             be computed again.
         fleeting: The places among them of what is computed again, for one backward pass.
@@ -60,6 +62,8 @@ class MaskGradients:
     pending: dict[NodeKey, Tensor] = field(default_factory=dict)
     means: dict[NodeKey, Tensor] = field(default_factory=dict)
     seen: Seen | None = None
+    ran: set[str] = field(default_factory=set)
+    checked: set[str] = field(default_factory=set)
     watched: list[Product | None] = field(default_factory=list)
     fleeting: set[int] = field(default_factory=set)
     run_of: LayerRun | None = None
@@ -82,22 +86,24 @@ class MaskGradients:
                     watch: dict[str, Any] = {"before" if before else "after": partial(self._routed, site)}
                     stack.enter_context(replaced(experts, partial(run_experts, experts, **watch)))
                 elif site.experts:
-                    weight = _parameter(self.model, path)
+                    weight = _weight(self.model, path)
                     weight.requires_grad_(True)
                     stack.callback(weight.requires_grad_, False)
                     hook = partial(self._from_weight, site, site.model_axis(path))
                     stack.callback(weight.register_post_accumulate_grad_hook(hook).remove)
                 else:
-                    module = _submodule(self.model, path)
+                    module, around = _found(self.model, path), _found(self.model, path.rpartition(".")[0])
+                    entered = around.register_forward_pre_hook(partial(self._around, site))
+                    stack.callback(entered.remove)
                     if before:
                         handle = module.register_forward_hook(partial(self._after_input, site))
                     else:
                         handle = module.register_forward_pre_hook(partial(self._before_output, site))
                     stack.callback(handle.remove)
             if self.recompute:
-                # The last layer would run again at once: keeping it costs no memory beyond what that takes.
+                # A stack's last layer would run again at once: keeping one costs no memory beyond what that takes.
                 *paths, _ = dict.fromkeys(layer_path(site.output) for site in self.sites)
-                layers = [_submodule(self.model, path) for path in paths]
+                layers = [_found(self.model, path) for path in paths]
                 stack.enter_context(recomputed(self.model, layers, self._layer_runs))
             yield self
 
@@ -109,7 +115,7 @@ class MaskGradients:
         self.run_of = run
 
     def _experts(self, site: Site) -> nn.Module:
-        return _submodule(self.model, site.output.rpartition(".")[0])
+        return _found(self.model, site.output.rpartition(".")[0])
 
     def run(self, task: Task, batch: Batch, seen: Seen | None = None) -> Likelihood:
         """A forward pass."""
@@ -164,6 +170,9 @@ class MaskGradients:
             sums[key] = sums.get(key, 0) + (total / samples).square()
         self.means.clear()
 
+    def _around(self, site: Site, module: nn.Module, args: Any) -> None:
+        self.ran.add(site.output)
+
     def _before_output(self, site: Site, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self._watch(site, args[0], None), *args[1:])
 
@@ -171,9 +180,26 @@ class MaskGradients:
         return self._watch(site, output, getattr(module, "bias", None))
 
     def _watch(self, site: Site, tensor: Tensor, bias: Tensor | None) -> Tensor:
+        self._look(site, tensor)
+        return self._hooked(tensor, bias, partial(self._from_activation, site, self.samples))
+
+    def _look(self, site: Site, tensor: Tensor) -> None:
+        """A tensor whose rows must be the samples', one after the other.
+
+        Raises:
+            MeasurementError: If they are not, or were never looked at, where they were before.
+        """
+        self.ran.add(site.output)
         if self.seen is not None:
             self.seen.add(site.output, tensor)
-        return self._hooked(tensor, bias, partial(self._from_activation, site, self.samples))
+            self.checked.add(site.output)
+        elif len(tensor) % self.samples or (
+            self.samples > 1 and self.checked and site.output not in self.checked
+        ):
+            raise MeasurementError(
+                f"{site.output} does not keep a batch's samples apart, or did not run in the first batch, which tells "
+                "whether it does; take batch_size 1"
+            )
 
     def _hooked(self, tensor: Tensor, bias: Tensor | None, hook: Callable[[int, Tensor], None]) -> Tensor:
         """What a hook that is told the tensor's place among the watched ones is put on."""
@@ -212,8 +238,7 @@ class MaskGradients:
 
     def _routed(self, site: Site, tensor: Tensor, routing: Routing, tokens: Tensor) -> Tensor:
         """Experts' tokens must be the samples', one after the other."""
-        if self.seen is not None:
-            self.seen.add(site.output, tokens)
+        self._look(site, tokens)
         shape = self.samples, site.experts, len(tokens) // self.samples
         return self._hooked(tensor, None, partial(self._from_routed, site, routing, shape))
 
@@ -250,15 +275,15 @@ def _squared(gradient: Tensor, weight: Tensor | None) -> Tensor:
     return squares.sum(0)
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
+def _weight(model: nn.Module, path: str) -> nn.Parameter:
+    """A parameter, or the weight of a module."""
+    parent, _, own = path.rpartition(".")
+    found = getattr(_found(model, parent), own, None)
+    return found if isinstance(found, nn.Parameter) else _weight(model, f"{path}.weight")
+
+
+def _found(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
-    except AttributeError as error:
-        raise MeasurementError(f"the checkpoint has {path}, the loaded model does not") from error
-
-
-def _parameter(model: nn.Module, path: str) -> nn.Parameter:
-    try:
-        return model.get_parameter(path)
     except AttributeError as error:
         raise MeasurementError(f"the checkpoint has {path}, the loaded model does not") from error

@@ -110,5 +110,11 @@ def notes(measured: MaskFisher) -> list[str]:
     """What the user should know of this measurement."""
     if not measured.unreached:
         return []
-    stacks = sorted({stack_of(output) for output in measured.unreached})
-    return [f"no sample ran through {', '.join(stacks)}: a merge averages it"]
+    reached = {stack_of(output) for output, _ in measured.fisher if output not in measured.unreached}
+    whole = dict.fromkeys(
+        stack for output in measured.unreached if (stack := stack_of(output)) not in reached
+    )
+    single = [output for output in measured.unreached if stack_of(output) in reached]
+    if len(single) > 3:
+        single[2:] = [f"{len(single) - 2} more"]
+    return [f"no sample ran through {', '.join((*whole, *single))}: a merge averages it"]

@@ -120,7 +120,8 @@ def measure(
     seconds = time.perf_counter() - started
     if fisher.one_by_one and rows != 1:
         notes.append(
-            f"{job.checkpoint.name} does not keep a batch's samples apart: measured one sample at a time"
+            f"{job.checkpoint.name} does not give in a batch what it gives a sample by itself, or does not keep samples apart in it: "
+            "measured one sample at a time"
         )
     return Measured(fisher, values, seconds, (*notes, *kind.notes(fisher)))
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fisher_mask_mergekit.apart import Seen, lie_apart
+from fisher_mask_mergekit.apart import Seen, ignores_padding, lie_apart
 from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.settings import Labels
 from fisher_mask_mergekit.tally import Tally
@@ -79,7 +79,7 @@ def run_samples(
     """One forward pass per batch and one backward pass per outcome that the labels ask for; the tally grows by each.
 
     The first batch of more than one sample, and the first that is padded, decide whether the samples lie
-    apart in it; else they run one at a time from then on. A batch that does not fit into memory runs in halves,
+    apart in it and padding changes nothing; else they run one at a time from then on, without padding. A batch that does not fit into memory runs in halves,
     and so does what is as large from then on.
 
     Args:
@@ -146,12 +146,15 @@ class _Run:
         """Run samples, unless they turn out not to lie apart, or their gradients to overflow."""
         several = len(batch.index) > 1
         tally = self.tally
-        padded = several and not tally.checked_padded and _is_padded(batch)
+        padded = self._anywhere(several and not tally.checked_padded and _is_padded(batch))
         check = self._anywhere(tally.checked == 0 or (tally.checked == 1 and several) or padded)
         seen = Seen(len(batch.index)) if check else None
         likelihood = self.gradients.run(self.task, batch, seen)
         if seen is not None:
-            apart = not self._anywhere(not lie_apart(self.gradients, self.task, batch, likelihood, seen))
+            apart = lie_apart(self.gradients, self.task, batch, likelihood, seen)
+            if padded:
+                apart &= ignores_padding(self.gradients, self.task, batch, likelihood)
+            apart = not self._anywhere(not apart)
             tally.checked, tally.checked_padded = len(batch.index), tally.checked_padded or padded
             if not apart and not tally.one_by_one:
                 self.gradients.separate()

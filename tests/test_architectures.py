@@ -60,7 +60,7 @@ PARTS: Mapping[str, Node] = {
 
 
 class Anything(SequenceClassification):
-    """A loss for whatever a model puts out: the mean over positions of its first output, as scores of classes."""
+    """A loss for whatever a model puts out: the mean over positions of its first output, as scores of classes; not over padding."""
 
     def likelihood(self, model: Any, batch: Batch) -> Likelihood:
         given = {
@@ -68,7 +68,12 @@ class Anything(SequenceClassification):
             for name, value in batch.inputs.items()
         }
         output = model(**given)[0]
-        scores = output.reshape(len(batch.index), -1, output.shape[-1]).mean(1)
+        positions = output.reshape(len(batch.index), -1, output.shape[-1])
+        mask = batch.inputs.get("attention_mask")
+        kept = torch.ones_like(positions[..., :1])
+        if mask is not None and mask.shape == output.shape[:-1]:
+            kept = mask.reshape(kept.shape).to(kept.dtype)
+        scores = (positions * kept).sum(1) / kept.sum(1)
         log_probs = torch.log_softmax(scores, -1)
         owner = torch.arange(len(batch.index))
         ones = torch.ones(len(owner), dtype=log_probs.dtype)

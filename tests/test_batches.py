@@ -63,6 +63,19 @@ def test_a_choice_among_several_is_as_long_as_all_of_them() -> None:
     assert indices([3, 3, 3], Limit(tokens=12), choices=2) == [(0, 1), (2,)]
 
 
+def test_a_text_and_its_target_are_as_long_as_the_longer() -> None:
+    samples = {
+        index: Encoded({"input_ids": [5] * 2}, [6] * length, truncated=False)
+        for index, length in enumerate((3, 9, 1))
+    }
+    made = padded_batches(
+        EncodedSamples(samples, 0, 0), tiny.tokenizer(), limits=Limit(tokens=10), by_length=True, device=CPU
+    )
+    found = list(made)
+    assert [batch.index for batch in found] == [(1,), (0, 2)]
+    assert [batch.size for batch in found] == [9, 6]
+
+
 def test_a_gpus_batches_double_every_other_time_while_as_much_memory_is_free_as_was_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

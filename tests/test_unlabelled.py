@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -138,15 +139,24 @@ def test_random_tokens_are_the_vocabularys_and_the_seeds() -> None:
     assert few == random_texts(8, 0)[:5]
     assert len(set(few) | set(random_texts(5, 1))) == 10
     assert len(words(few)) == 5 * TOKENS
-    assert numbers(few) == set(range(5, tiny.VOCABULARY))
+    assert numbers(random_texts(20, 0)) == set(range(5, tiny.VOCABULARY))
+
+
+def test_random_tokens_say_nothing_of_the_labels_that_are_drawn() -> None:
+    """The model's labels are drawn by seed and index too."""
+    places = numpy.array([[int(word[1:]) for word in text.split()] for (text,) in random_texts(200, 3)])
+    drawn = numpy.array([numpy.random.default_rng([3, index]).random() for index in range(200)])
+    related = numpy.corrcoef(numpy.column_stack([drawn, places]), rowvar=False)[0, 1:]
+    assert len(related) == TOKENS
+    assert abs(related).max() < 0.35
 
 
 def test_tokens_that_the_model_does_not_know_or_that_are_special_are_not_drawn() -> None:
-    assert numbers(random_texts(5, 0, rows=20)) == set(range(5, 20))
+    assert numbers(random_texts(20, 0, rows=20)) == set(range(5, 20))
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens([AddedToken(f"<r{index}>", special=True) for index in range(60)])
     assert tokenizer.convert_tokens_to_ids("<r7>") not in tokenizer.all_special_ids
-    assert numbers(random_texts(5, 0, tokenizer, 200)) == set(range(5, tiny.VOCABULARY))
+    assert numbers(random_texts(20, 0, tokenizer, 200)) == set(range(5, tiny.VOCABULARY))
     with pytest.raises(DataError, match="no tokens but special ones"):
         random_texts(1, 0, tokenizer, 5)
 

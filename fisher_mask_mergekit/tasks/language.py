@@ -137,7 +137,7 @@ def _fitted(
 ) -> tuple[list[int], list[int]]:
     """A prompt and a completion cut to length: first the prompt's beginning, then the completion's end.
 
-    The token that begins every text stays, and so does one of the prompt.
+    One token of the prompt stays: that which begins every text, where there is one.
     """
     kept = int(before[:1] == [bos])
     excess = max(0, min(len(before) + len(after) - longest, len(before) - 1))

@@ -32,17 +32,43 @@ class Batch:
     counts: bool = True
 
     def split(self) -> Iterator["Batch"]:
-        """The same samples as batches of one."""
+        """The same samples as batches of one, without the padding on their right."""
         if len(self.index) == 1:  # Images in patches are given with no batch axis, one sample at a time.
             yield self
             return
         for row in range(len(self.index)):
-            yield self._rows(row, row + 1)
+            yield self.single(row).trimmed()
+
+    def single(self, row: int) -> "Batch":
+        """A batch of one of the samples, padded as it is."""
+        return self._rows(row, row + 1)
+
+    def trimmed(self) -> "Batch":
+        """The same samples without the padding that all of them have on their right."""
+        mask = self.inputs.get("attention_mask")
+        if mask is None:
+            return self
+        width = max(1, int(self.lengths().max()))
+        inputs = {
+            name: tensor[..., :width] if tensor.shape == mask.shape else tensor
+            for name, tensor in self.inputs.items()
+        }
+        of_tokens = self.labels.shape == mask.shape and bool((self.labels[..., width:] == IGNORED).all())
+        return replace(self, inputs=inputs, labels=self.labels[..., :width] if of_tokens else self.labels)
+
+    def lengths(self) -> Tensor:
+        """How wide each sample is without the padding on its right, ``[B]``; as wide as the batch if nothing says so."""
+        mask = self.inputs.get("attention_mask")
+        if mask is None:
+            ids = next(iter(self.inputs.values()))
+            return torch.full((len(self.index),), ids.shape[-1])
+        places = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
+        return (places * (mask != 0)).flatten(1).amax(1)
 
     @property
     def size(self) -> int:
-        """How many elements its largest input has: tokens, padding included."""
-        return max(tensor.numel() for tensor in self.inputs.values())
+        """How many elements its largest input or output has: tokens, padding included."""
+        return max(tensor.numel() for tensor in (*self.inputs.values(), self.labels))
 
     def halves(self) -> tuple["Batch", "Batch"]:
         """The same samples as two batches."""
