@@ -60,7 +60,10 @@ PARTS: Mapping[str, Node] = {
 
 
 class Anything(SequenceClassification):
-    """A loss for whatever a model puts out: the mean over positions of its first output, as scores of classes; not over padding."""
+    """A loss for whatever a model puts out: the mean over positions of its first output, as scores of classes.
+
+    Padding is no position, and no class where positions are classes.
+    """
 
     def likelihood(self, model: Any, batch: Batch) -> Likelihood:
         given = {
@@ -74,6 +77,8 @@ class Anything(SequenceClassification):
         if mask is not None and mask.shape == output.shape[:-1]:
             kept = mask.reshape(kept.shape).to(kept.dtype)
         scores = (positions * kept).sum(1) / kept.sum(1)
+        if mask is not None and mask.shape == output.shape:
+            scores = scores.masked_fill(mask == 0, -torch.inf)
         log_probs = torch.log_softmax(scores, -1)
         owner = torch.arange(len(batch.index))
         ones = torch.ones(len(owner), dtype=log_probs.dtype)

@@ -33,7 +33,7 @@ class Batch:
 
     def split(self) -> Iterator["Batch"]:
         """The same samples as batches of one, without the padding on their right."""
-        if len(self.index) == 1:  # Images in patches are given with no batch axis, one sample at a time.
+        if len(self.index) == 1:
             yield self
             return
         for row in range(len(self.index)):
@@ -41,6 +41,8 @@ class Batch:
 
     def single(self, row: int) -> "Batch":
         """A batch of one of the samples, padded as it is."""
+        if len(self.index) == 1:  # Images in patches are given with no batch axis, one sample at a time.
+            return self
         return self._rows(row, row + 1)
 
     def trimmed(self) -> "Batch":
