@@ -40,6 +40,11 @@ Fisher = Callable[[int, Index], Tensor]
 """Gives a block of a model's Fisher information, by the model's number; it is not changed."""
 
 
+_MOST_TOTAL = 1e32
+"""Of a prior and Fisher information over its mean, which is no larger than the number of elements: what is multiplied by
+it stays in float32's range."""
+
+
 def merge_parameters(
     group: "TensorGroup",
     name: str,
@@ -92,19 +97,17 @@ def merge_parameters(
     if len(parameters) < len(records):
         raise SidecarMismatchError("it is a parameter of one model, and none of another")
     scales = [_scale(known, one, normalize) for known, one in zip(sidecars, parameters, strict=True)]
-    given = weights if start is None else relative(weights).tolist()
+    given = relative(weights).tolist()  # Only their ratios count, and nothing that they divide overflows.
     coefficients = [one / (scale or 1.0) for one, scale in zip(given, scales, strict=True)]
     for known, scale, coefficient in zip(sidecars, scales, coefficients, strict=True):
-        # Without a prior only ratios count, and nothing overflows.
+        # Without a prior only ratios count.
         if not coefficient < (math.inf if start is None else torch.finfo(torch.float32).max):
             of = "all parameters" if normalize == "model" else "this tensor"
             raise SidecarError(f"{known.source}: a mean over {of} of {scale} divides nothing")
     blocks = _blocks_of(sidecars, parameters, coefficients, tensors[0], is_relative=start is None)
-    return (
-        merge_elements(tensors, given, *blocks)
-        if start is None
-        else step_elements(tensors, given, *blocks, start)
-    )
+    if start is None:
+        return merge_elements(tensors, given, *blocks)
+    return step_elements(tensors, given, *blocks, start, [known.source for known in sidecars])
 
 
 def _scale(sidecar: _Sidecar, record: AnyRecord, normalize: NormalizeParameters) -> float:
@@ -214,6 +217,7 @@ def step_elements(
     factors: Sequence[float],
     fisher: Fisher,
     prior: Prior,
+    sources: Sequence[str],
 ) -> Tensor:
     r"""From the models' parent, the sum of their weighted changes, element by element.
 
@@ -226,20 +230,35 @@ def step_elements(
         factors: :math:`c_j`, :math:`\lambda_j` over the mean of :math:`F_j`.
         fisher: As :func:`merge_elements` takes it.
         prior: :math:`\theta_0` and :math:`\kappa`, and whether to clip.
+        sources: Where each F is from, for messages.
 
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
+
+    Raises:
+        SidecarError: If an F is larger than what it was divided by allows (names whose).
 
     Reference: see :func:`~fisher_mask_mergekit.weighting.steps`.
     """
 
     def add(index: Index, values: Sequence[Tensor], merged: Tensor) -> None:
+        def scaled(number: int) -> Tensor:
+            return fisher(number, index).to(merged.device, merged.dtype) * factors[number]
+
         *models, parent = values
         parent, total = parent.to(merged.dtype), torch.full_like(merged, prior.precision)
-        for number, (value, given, factor) in enumerate(zip(models, weights, factors, strict=True)):
-            part = fisher(number, index).to(merged.device, merged.dtype) * factor
+        for number, (value, given) in enumerate(zip(models, weights, strict=True)):
+            part = scaled(number)
             total += part
             merged.addcmul_(value - parent, part + given * prior.precision)
+        if total.numel() and not float(total.amax()) < _MOST_TOTAL:
+            tops = [
+                float(scaled(number).nan_to_num(math.inf, math.inf).amax()) for number in range(len(models))
+            ]
+            raise SidecarError(
+                f"{sources[tops.index(max(tops))]}: Fisher information of {max(tops):.4g} times its mean is more than "
+                "can be: the stored mean is not that of the numbers. Measure the checkpoint again"
+            )
         merged.div_(total).add_(parent)
         prior.confine(merged, values)
 
