@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarShareError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, probe
 from fisher_mask_mergekit.seal import seal, unseal
@@ -215,7 +216,7 @@ class Sidecar:
         Raises:
             SidecarMismatchError: If the values are not this checkpoint's, or fit several layers.
         """
-        known = self._recognition.which(name, tensor)
+        known = self._recognition.which(modern(name), tensor)
         return None if known is None else self.governed[known]
 
 

@@ -88,6 +88,18 @@ def by_hand(
     return top / bottom
 
 
+@pytest.mark.parametrize("unmasked", ["layer", "universal"])
+def test_old_names_are_weighed_like_new_ones(inputs: Inputs, unmasked: str) -> None:
+    """mergekit-pytorch goes by what the files call them."""
+    wanted = inputs.merge(unmasked=unmasked)
+    old = {name: re.sub(r"(LayerNorm\.)weight$", r"\1gamma", name) for name in wanted}
+    old = {name: re.sub(r"(LayerNorm\.)bias$", r"\1beta", given) for name, given in old.items()}
+    inputs.states = [{old[name]: value for name, value in state.items()} for state in inputs.states]
+    merged = inputs.merge(unmasked=unmasked)
+    assert sum(name != given for name, given in old.items()) == 10
+    assert_close({name: merged[given] for name, given in old.items()}, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_every_tensor_of_every_model_is_looked_at_once(
     tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
