@@ -5,36 +5,34 @@ Nothing here loads mergekit: its registry asks for one method while another is b
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
-from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
-from fisher_mask_mergekit.factored_sidecar import FactoredSidecar, read_factored
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.factors import Factors
 from fisher_mask_mergekit.merging import (
     Missing,
+    ParameterKind,
     compare_measurements,
-    compute_command,
     counted_inputs,
     find_sidecar,
+    identified,
     prior_of,
 )
 from fisher_mask_mergekit.parameter_records import AnyRecord
 from fisher_mask_mergekit.weighting import Prior, check_parent, check_prior, merge_rows, relative
 
 if TYPE_CHECKING:
-    from mergekit.merge_methods.base import TensorEntry, TensorGroup
+    from mergekit.merge_methods.base import TensorGroup
 
 NormalizeParameters = Literal["none", "model", "tensor"]
 """What a model's Fisher information is divided by: nothing, its mean over all parameters, or over the parameter."""
 
-ParameterKind = Literal["diagonal", "factored"]
 _Sidecar = DiagonalSidecar | FactoredSidecar
 Fisher = Callable[[int, Index], Tensor]
 """Gives a block of a model's Fisher information, by the model's number; it is not changed."""
@@ -79,12 +77,12 @@ def merge_parameters(
         return inputs
     if prior and group.base is not None:
         check_parent(prior, group.base.id, weight[group.base.id])
-    found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
+    found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing) for entry, _ in inputs]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     sidecars = [known for known in found if known is not None]
     compare_measurements(sidecars)
     records = [
-        _identify(known, name, entry, kind)
+        identified(known, name, entry, kind)
         for (entry, _), known in zip(inputs, found, strict=True)
         if known is not None
     ]
@@ -267,37 +265,3 @@ def step_elements(
 
 def _reaches_zero(total: Tensor) -> bool:
     return total.numel() > 0 and not float(total.amin()) > 0
-
-
-def _identify(sidecar: _Sidecar, name: str, entry: "TensorEntry", kind: ParameterKind) -> AnyRecord | None:
-    try:
-        return sidecar.identify(name, entry.tensor)
-    except SidecarMismatchError as error:
-        raise SidecarMismatchError(
-            f"{entry.id}: {error}\n  Measure this checkpoint:  {compute_command(entry.id, kind)}"
-        ) from error
-
-
-def _read_diagonal_once(path: Path, modified: int, size: int) -> _Sidecar:
-    index = path / INDEX
-    try:
-        state = index.stat()  # A folder does not change when a file in it does.
-    except OSError as error:
-        raise SidecarError(f"cannot read sidecar {index}: {error.strerror or error}") from error
-    return _read_index_once(path, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=64)
-def _read_index_once(path: Path, modified: int, size: int) -> _Sidecar:
-    return read_diagonal(path)
-
-
-@lru_cache(maxsize=64)
-def _read_factored_once(path: Path, modified: int, size: int) -> _Sidecar:
-    return read_factored(path)
-
-
-_READ: Mapping[ParameterKind, Callable[[Path, int, int], _Sidecar]] = {
-    "diagonal": _read_diagonal_once,
-    "factored": _read_factored_once,
-}

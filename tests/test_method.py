@@ -14,10 +14,12 @@ from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit import method, recognition
+from fisher_mask_mergekit import merging, recognition
 from fisher_mask_mergekit.merging import MergeError, compute_command
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.recognition import probe
-from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from fisher_mask_mergekit.settings import Kind
+from fisher_mask_mergekit.sidecar import Sidecar, write
 from fisher_mask_mergekit.sites import Node, name_template
 from fisher_mask_mergekit.weighting import Normalize, merge_rows
 from tests import tiny
@@ -323,11 +325,11 @@ def test_what_to_run_for_a_model_whose_sidecar_is_on_the_hub(tmp_path: Path) -> 
 def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     paths: list[str] = []
 
-    def counted(path: Path) -> Sidecar:
+    def counted(path: Path, kind: Kind) -> AnySidecar:
         paths.append(str(path))
-        return read(path)
+        return read_any(path, kind)
 
-    monkeypatch.setattr(method, "read", counted)
+    monkeypatch.setattr(merging, "read_any", counted)
     inputs.merge()
     inputs.merge()
     assert sorted(paths) == inputs.paths

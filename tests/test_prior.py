@@ -221,16 +221,14 @@ def test_a_mean_that_is_next_to_nothing_is_an_error(tmp_path: Path) -> None:
         models.merge(prior=1.0)
 
 
-def forge_mean(path: str, mean: float) -> None:
+def forge_mean(path: Path, mean: float) -> None:
     """Give a sidecar of all parameters another mean over them, and a checksum that fits."""
-    if Path(path).is_dir():
-        index = Path(path) / INDEX
-        metadata = read_diagonal(Path(path)).metadata.model_copy(update={"mean": mean})
-        index.write_text(seal(metadata.model_dump_json(), {}))
+    if path.is_dir():
+        index = read_diagonal(path).metadata.model_copy(update={"mean": mean})
+        (path / INDEX).write_text(seal(index.model_dump_json(), {}))
     else:
-        sidecar = read_factored(Path(path))
-        metadata = sidecar.metadata.model_copy(update={"mean": mean})
-        write_factored(replace(sidecar, metadata=metadata), Path(path))
+        sidecar = read_factored(path)
+        write_factored(replace(sidecar, metadata=sidecar.metadata.model_copy(update={"mean": mean})), path)
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -241,11 +239,11 @@ def test_a_mean_that_is_not_that_of_the_numbers_is_an_error_and_no_nan(
 ) -> None:
     models = Descendants(tmp_path, kind)
     models.inputs = type(models.inputs)(tmp_path / "large", count=3, scale=1e4)
-    forge_mean(models.inputs.paths[1], mean)
+    forge_mean(Path(models.inputs.paths[1]), mean)
     says = rf"SidecarError at bert\..*: {models.inputs.paths[1]}: Fisher information of .* times its mean is more than can be"
     with pytest.raises(MergeError, match=says):
         models.merge(prior=1.0, normalize="model", clip=clip)
-    forge_mean(models.inputs.paths[1], 1e36)
+    forge_mean(Path(models.inputs.paths[1]), 1e36)
     assert all(bool(value.isfinite().all()) for value in models.merge(prior=1.0, normalize="model").values())
 
 
