@@ -16,9 +16,10 @@ from pydantic import ValidationError, WrapValidator
 from torch import Tensor
 
 from fisher_mask_mergekit import hub, store
-from fisher_mask_mergekit.checkpoint import Checkpoint
+from fisher_mask_mergekit.checkpoint import Checkpoint, model_files, tensor_shapes
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar
 from fisher_mask_mergekit.errors import (
+    CheckpointError,
     FisherMaskError,
     SidecarError,
     SidecarMismatchError,
@@ -205,6 +206,8 @@ def identified(
 ) -> Found | AnyRecord:
     """What a sidecar knows of an input's tensor, and what to do if it is another checkpoint's.
 
+    One of mask nodes does not know every tensor, but some of its checkpoint's.
+
     Args:
         sidecar: The input's.
         name: The output tensor's.
@@ -215,11 +218,35 @@ def identified(
         SidecarMismatchError: If it is another checkpoint's.
     """
     try:
-        return sidecar.identify(name, entry.tensor)
+        found = sidecar.identify(name, entry.tensor)
+        if isinstance(sidecar, Sidecar) and found is None:
+            _check_governs(sidecar, entry.id)
+        return found
     except SidecarMismatchError as error:
         raise SidecarMismatchError(
             f"{entry.id}: {error}\n  Measure this checkpoint:  {compute_command(entry.id, kind)}"
         ) from error
+
+
+@lru_cache(maxsize=64)
+def _check_governs(sidecar: Sidecar, model: Hashable) -> None:
+    """Once: else each tensor of another architecture would be one that the sidecar need not know.
+
+    Raises:
+        SidecarMismatchError: If none of the tensors that it governs is one of the model's.
+    """
+    checkpoint, file = _checkpoint(model), Path(getattr(getattr(model, "model", None), "path", ""))
+    try:
+        if checkpoint is None or (file.is_file() and file not in model_files(checkpoint)):
+            return  # In no files, or in one that need not hold all of a checkpoint.
+        names = tensor_shapes(checkpoint)
+    except CheckpointError:
+        return  # What mergekit reads lies elsewhere, as an applied adapter does.
+    if not sidecar.governs_any(names):
+        raise SidecarMismatchError(
+            f"sidecar '{sidecar.source}' was measured on {sidecar.metadata.described_checkpoint}, a "
+            f"{sidecar.metadata.architecture}, and governs none of the tensors here"
+        )
 
 
 @lru_cache(maxsize=64)

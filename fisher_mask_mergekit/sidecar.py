@@ -25,7 +25,7 @@ from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, pro
 from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import RANDOM, FisherSettings
 from fisher_mask_mergekit.shown import one_line
-from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Positive, Site
+from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Positive, Site, name_template
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.untrusted import (
     LONGEST_STRING,
@@ -190,6 +190,11 @@ class Sidecar:
             known, f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
         )
 
+    def governs_any(self, names: Iterable[str]) -> bool:
+        """Whether it governs a tensor of such a name, in whatever layer, and with whatever more in front of one of both."""
+        known, given = ({name_template(name) for name in some} for some in (self.governed, names))
+        return bool(known & _endings(given) or given & _endings(known))
+
     @cached_property
     def means(self) -> dict[Node, float]:
         """Mean Fisher information over all of the checkpoint's nodes of a kind."""
@@ -218,6 +223,11 @@ class Sidecar:
         """
         known = self._recognition.which(modern(name), tensor)
         return None if known is None else self.governed[known]
+
+
+def _endings(names: Iterable[str]) -> set[str]:
+    """The names, and what remains of them without their first parts."""
+    return {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
 
 
 def fisher_dtype(settings: FisherSettings) -> torch.dtype:

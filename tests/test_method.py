@@ -11,10 +11,12 @@ import pytest
 import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from fisher_mask_mergekit import merging, recognition
+from fisher_mask_mergekit.checkpoint import Checkpoint, tensor_shapes
 from fisher_mask_mergekit.merging import MergeError, compute_command
 from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.recognition import probe
@@ -305,6 +307,73 @@ def test_another_checkpoints_sidecar_is_an_error(inputs: Inputs) -> None:
         inputs.merge()
 
 
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+def merge_words(folders: list[Path], sidecars: list[Path], file: str = "") -> Tensor:
+    """Of checkpoints on disk, a tensor that no mask node governs."""
+    states = [load_file(folder / "model.safetensors") for folder in folders]
+    return merge_tensors(
+        [value for state in states for name, value in state.items() if WORDS.endswith(name)],
+        get("fisher_mask"),
+        ids=[ModelReference.parse(str(folder / file)) for folder in folders],
+        name=WORDS,
+        parameters={"sidecar": [str(path) for path in sidecars]},
+    )
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    one = tiny.checkpoint(tmp_path / "one")
+    return [one, tiny.sibling(tmp_path / "two", one, seed=1)]
+
+
+def sidecars_beside(folders: list[Path], architecture: str) -> list[Path]:
+    paths = [folder / f"{architecture}.safetensors" for folder in folders]
+    for path in paths:
+        write(sidecar_for(tiny.classifier(architecture)), path)
+    return paths
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_sidecars_of_another_architecture_are_an_error_even_if_all_are(
+    folders: list[Path], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = r"one.*: sidecar '.*/distilbert.safetensors' was measured on .*, and governs none of the tensors here\n  Measure"
+    with pytest.raises(MergeError, match=says):
+        merge_words(folders, sidecars_beside(folders, "distilbert"), file)
+    looked: list[Path] = []
+
+    def counted(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+        looked.append(checkpoint.folder)
+        return tensor_shapes(checkpoint)
+
+    monkeypatch.setattr(merging, "tensor_shapes", counted)
+    fitting = sidecars_beside(folders, "bert")
+    for _ in range(3):
+        merge_words(folders, fitting, file)
+    assert looked == folders
+
+
+def test_only_whole_checkpoints_must_have_tensors_that_the_sidecar_governs(folders: list[Path]) -> None:
+    other = sidecars_beside(folders, "distilbert")
+    wanted = merge_words(folders, sidecars_beside(folders, "bert"))
+    for folder in folders:
+        words = {WORDS: load_file(folder / "model.safetensors")[WORDS]}
+        save_file(words, folder / "words.safetensors")
+    assert_close(merge_words(folders, other, "words.safetensors"), wanted)
+
+
+def test_names_may_have_more_or_less_in_front_of_them(folders: list[Path]) -> None:
+    wanted = merge_words(folders, sidecars_beside(folders, "bert"))
+    for folder in folders:
+        state = load_file(folder / "model.safetensors")
+        save_file({name.removeprefix("bert."): v for name, v in state.items()}, folder / "model.safetensors")
+    assert_close(merge_words(folders, sidecars_beside(folders, "bert")), wanted)
+    with pytest.raises(MergeError, match="governs none of the tensors here"):
+        merge_words(folders, sidecars_beside(folders, "distilbert"))
+
+
 def test_what_to_run_for_a_model_whose_sidecar_is_on_the_hub(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yml"
     published = {"model": "org/one", "parameters": {"sidecar": "hub:org/one/a.safetensors"}}
@@ -402,7 +471,6 @@ def test_the_sidecar_is_looked_for_beside_the_checkpoint_then_in_the_cache(
 ) -> None:
     monkeypatch.setenv("FISHER_MASK_CACHE", str(tmp_path / "cache"))
     from fisher_mask_mergekit import store
-    from fisher_mask_mergekit.checkpoint import Checkpoint
 
     inputs = Inputs(tmp_path)
     folder = tmp_path / "model"
