@@ -135,6 +135,8 @@ def write_factored(sidecar: FactoredSidecar, path: Path) -> None:
 
 def is_factored(path: Path) -> bool:
     """Whether a file says that it is such a sidecar."""
+    if not path.is_file():  # A pipe would be waited for.
+        return False
     try:
         with path.open("rb") as file:
             return f'"{FACTORED_KEY}"'.encode() in read_header(file, path)

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,24 @@ from safetensors.torch import load_file, save_file
 
 from fisher_mask_mergekit import store, untrusted
 from fisher_mask_mergekit.cli.output import print_lines, say
+from fisher_mask_mergekit.combine import combine
 from fisher_mask_mergekit.data import load_samples, load_texts
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, may_replace_diagonal, read_diagonal
 from fisher_mask_mergekit.errors import DataError, FisherMaskError, RecipeError, SidecarError
+from fisher_mask_mergekit.opening import open_sidecar
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.shown import shown
 from fisher_mask_mergekit.sidecar import METADATA_KEY, may_replace, read, write
 from fisher_mask_mergekit.tasks import SequenceClassification
+from fisher_mask_mergekit.verify import find
 from tests import tiny
 from tests.test_cli import run
 from tests.test_diagonal_sidecar import first_shard, folder, made_up, write_for  # noqa: F401
 from tests.test_sidecar import metadata_for, path, sidecar_for  # noqa: F401
 
+PATIENCE = 20
+"""Seconds after which something that must happen is given up."""
 HOSTILE = "\x1b[2J\u202eevil\x07\nok: all is well"
 
 
@@ -44,6 +50,27 @@ def test_a_pipe_is_not_waited_for(pipe: Path, reader: Callable[[Path], object]) 
     with pytest.raises(FisherMaskError, match=r"cannot read (sidecar|recipe) .*: it is no file"):
         reader(pipe)
     assert not may_replace(pipe)
+
+
+@pytest.mark.parametrize("opened", [
+    lambda pipe: open_sidecar(str(pipe)), lambda pipe: find(str(pipe)), lambda pipe: combine([pipe, pipe], Path("out")),
+])  # fmt: skip
+def test_a_pipe_is_not_waited_for_to_tell_its_kind(pipe: Path, opened: Callable[[Path], object]) -> None:
+    raised: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            opened(pipe)
+        except FisherMaskError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        os.close(os.open(pipe, os.O_WRONLY))  # Lets go of who waits.
+    assert [str(error) for error in raised] == [f"cannot read sidecar {pipe}: it is no file"]
+    assert not thread.is_alive()
 
 
 def test_a_shard_that_is_a_pipe_is_not_there(folder: Path) -> None:  # noqa: F811
@@ -140,6 +167,9 @@ RECIPE = "merge_method: linear\nmodels: [{model: one}]\n"
         (RECIPE.replace("one", "a/" * 2048), "of no more than 4095 bytes"),
         (RECIPE + f"base_model: org/{'ü' * 128}", "255 between its slashes, got 'org/"),
         (RECIPE + f"fisher: {{data: {'d' * 256}}}", "data: Value error, expected a path or hub id of no more than 4095 bytes"),
+        (RECIPE + "fisher: {data: d, samples: 1099511627777}", "samples: Input should be less than or equal to 1099511627776"),
+        (RECIPE + "fisher: {data: d, max_length: 1099511627777}", "max_length: Input should be less than or equal to"),
+        (RECIPE + "fisher: {data: d, batch_size: 1099511627777}", "batch_size: Input should be less than or equal to"),
         (RECIPE + f"fisher: {{data: {'d' * 8193}}}", "data: String should have at most 8192 characters"),
     ],
 )  # fmt: skip
