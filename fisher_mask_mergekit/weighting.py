@@ -305,8 +305,10 @@ def _described(found: Found) -> str:
     """The mask nodes that govern a tensor, and how."""
     if found is None or found[1].layout == "mean":
         return "none"
-    counts = (f"{node.removesuffix('_fisher')} {list(shape)}" for node, shape in found[0].nodes().items())
-    return f"{', '.join(counts)} in layout '{found[1].layout}'"
+    site, tensor = found
+    counts = (f"{node.removesuffix('_fisher')} {list(shape)}" for node, shape in site.nodes().items())
+    one = "" if tensor.expert is None else f" of expert {tensor.expert}"
+    return f"{', '.join(counts)}{one} along axis {tensor.axis} in layout '{tensor.layout}'"
 
 
 def _model_rows(sidecar: Sidecar, found: Found, ndim: int, scheme: Scheme) -> Tensor | None:

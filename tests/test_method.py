@@ -444,6 +444,20 @@ def test_heads_of_another_number_in_tensors_of_the_same_shape_are_an_error(tmp_p
         inputs.merge()
 
 
+def test_rows_of_one_sidecar_that_are_columns_of_another_are_an_error(inputs: Inputs) -> None:
+    sidecar = inputs.sidecars[1]
+    document = sidecar.metadata.model_dump()
+    for site in document["sites"]:
+        for tensor in site["tensors"]:
+            tensor["axis"] = len(tensor["shape"]) - 1 if tensor["layout"] == "q" else tensor["axis"]
+    metadata = type(sidecar.metadata).model_validate(document)
+    write(Sidecar(metadata, sidecar.fisher, sidecar.values), Path(inputs.paths[1]))
+    with pytest.raises(
+        MergeError, match=r"disagree about .* along axis 0 in layout 'q' and .* along axis 1 in layout 'q'"
+    ):
+        inputs.merge()
+
+
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_cannot_be_is_an_error(inputs: Inputs, weight: float) -> None:
     with pytest.raises(MergeError, match="weight of 0 is"):
