@@ -134,7 +134,7 @@ class Measurement(Record):
         return f"{self.settings.data}{commit}, split {self.data.split}, {self.data.rows} rows"
 
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+AnyMetadata = TypeVar("AnyMetadata", bound=Record)
 
 
 class OfAnyKind(Protocol):
@@ -298,7 +298,7 @@ def read(path: Path) -> Sidecar:
         raise SidecarError(
             f"{path} is a sidecar of rows and columns, which fisher_mask takes with nodes: all; it has no mask nodes"
         )
-    text = metadata_text(header, path, METADATA_KEY, "sidecar of fisher-mask-mergekit", FORMAT_VERSION)
+    text = metadata_text(header, path, METADATA_KEY, "sidecar of fisher-mask-mergekit")
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -327,7 +327,7 @@ def may_replace(path: Path) -> bool:
         return False
 
 
-def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) -> str:
+def metadata_text(header: bytes, path: Path, key: str, what: str) -> str:
     """The sealed metadata in a safetensors file's header.
 
     Args:
@@ -335,7 +335,6 @@ def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) ->
         path: Where it is, for messages.
         key: What the metadata goes by.
         what: What the file should be, for messages.
-        known: The format version that is read.
 
     Raises:
         SidecarError: If there is none, or it is of another version.
@@ -345,7 +344,7 @@ def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) ->
         version = read_json(text, path)["format_version"]
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise SidecarError(f"{path} is not a {what}: it has no such metadata") from error
-    check_version(path, version, known)
+    check_version(path, version, FORMAT_VERSION)
     return str(text)
 
 
@@ -362,7 +361,7 @@ def check_version(path: Path, version: Any, known: int) -> None:
         )
 
 
-def parse(kind: type[AnyRecord], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyRecord:
+def parse(kind: type[AnyMetadata], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyMetadata:
     """Metadata that is whole and as it must be.
 
     Args:
