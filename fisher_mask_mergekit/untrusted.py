@@ -17,7 +17,7 @@ import yaml
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarError
 
 MOST_SIDECAR_BYTES = 1 << 30
-"""Of mask nodes, or of rows and columns; a full-size one is as large as its checkpoint."""
+"""Of mask nodes, or of rows and columns; a full-size one is a folder as large as its checkpoint."""
 
 MOST_HEADER_BYTES = 32 << 20
 MOST_TENSORS = 100_000
