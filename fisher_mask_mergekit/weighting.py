@@ -29,8 +29,8 @@ ASKED_FOR: Mapping[Layout, tuple[str, str | bool]] = {
 """What mask nodes govern only in a scheme with this value of this parameter; tensors of other layouts always."""
 
 
-MOST_PRIOR = 1e30
-"""From far less on Fisher information does not count beside it, and all changes are added up."""
+LEAST_PRIOR, MOST_PRIOR = 1e-30, 1e30
+"""Far from either, it or Fisher information does not count beside the other any more."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check_prior(given: object, normalize: str) -> float:
     """A recipe's prior, if it can be one.
 
     Raises:
-        RecipeError: If it is no number of 0 or more, too large to be added to anything, or nothing gives it a scale.
+        RecipeError: If it is no number of 0 or more, too large or too small to compute with, or nothing gives it a scale.
     """
     try:
         prior = float(given)  # type: ignore[arg-type]
@@ -110,9 +110,9 @@ def check_prior(given: object, normalize: str) -> float:
         prior = math.nan
     if not 0 <= prior < math.inf:
         raise RecipeError(f"prior is {given}; expected a number of 0 or more")
-    if prior > MOST_PRIOR:
+    if prior and not LEAST_PRIOR <= prior <= MOST_PRIOR:
         raise RecipeError(
-            f"prior is {given}; expected no more than {MOST_PRIOR:g}: what it is multiplied by must stay in float32's range"
+            f"prior is {given}; expected 0, or {LEAST_PRIOR:g} to {MOST_PRIOR:g}: its products must stay in float32's range"
         )
     if prior and normalize == "none":
         raise RecipeError(

@@ -205,7 +205,8 @@ def test_rows_that_matter_to_no_model_get_all_changes_and_those_of_one_its_own()
     ({"prior": -1.0}, "prior is -1.0; expected a number of 0 or more"),
     ({"prior": float("nan")}, "prior is nan; expected a number of 0 or more"),
     ({"prior": float("inf")}, "prior is inf; expected a number of 0 or more"),
-    ({"prior": 1e39}, "prior is 1e+39; expected no more than 1e+30"),
+    ({"prior": 1e39}, "prior is 1e+39; expected 0, or 1e-30 to 1e+30"),
+    ({"prior": 1e-46}, "prior is 1e-46; expected 0, or 1e-30 to 1e+30"),
     ({"prior": "much"}, "prior: Input should be a valid number, unable to parse string as a number, got 'much'"),
     ({"base_weight": 1.0}, "base_model parent has a weight; with prior it is what the models were fine-tuned from"),
 ])  # fmt: skip
@@ -245,6 +246,17 @@ def test_a_mean_that_is_not_that_of_the_numbers_is_an_error_and_no_nan(
         models.merge(prior=1.0, normalize="model", clip=clip)
     forge_mean(Path(models.inputs.paths[1]), 1e36)
     assert all(bool(value.isfinite().all()) for value in models.merge(prior=1.0, normalize="model").values())
+
+
+@pytest.mark.parametrize("kind", ["factored", "diagonal"])
+def test_the_least_prior_adds_up_what_matters_to_no_model(tmp_path: Path, kind: str) -> None:
+    models = Descendants(tmp_path, kind)
+    models.inputs = type(models.inputs)(tmp_path / "zero", count=3, scale=0.0)
+    merged = models.merge(prior=1e-30)
+    for name, value in merged.items():
+        if value.is_floating_point():
+            changes = [state[name] - models.parent[name] for state in models.inputs.states]
+            assert_close(value, models.parent[name] + torch.stack(changes).sum(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", ["model", "layer", "tensor"])
