@@ -1,17 +1,17 @@
 """A checkpoint as files: where it lies, which revision it is, and what its tensors hold."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, first_line
@@ -31,6 +31,17 @@ TOKENIZER_FILES = (
 )
 _STEMS = ("model.safetensors", "pytorch_model.bin")
 _LEGACY_NAMES = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+
+
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model_type": (lambda value: isinstance(value, str), "a string"),
+    "auto_map": (lambda value: isinstance(value, dict), "an object"),
+    "architectures": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of strings",
+    ),
+}
+"""Of a configuration, what is looked at before transformers makes anything of it; all may be left out."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def locate(name: str) -> Checkpoint:
 
         return apply_adapter(name)
     path, _, wanted = name.partition("@")
-    if Path(name).is_dir() or (not wanted and Path(path).is_dir()):
+    if Path(name).is_dir():
         checkpoint = Checkpoint(name, Path(name), None)
     elif Path(name).exists():
         raise CheckpointError(f"{name} is a file; a checkpoint is a folder or a hub id")
@@ -103,7 +114,7 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's ``config.json``.
 
     Raises:
-        CheckpointError: If it is not a JSON object.
+        CheckpointError: If it is not a JSON object, or what is read of it here is of another type than transformers writes.
     """
     try:
         config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
@@ -111,6 +122,10 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint.name}: config.json is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{checkpoint.name}: config.json is not a JSON object")
+    for field, (is_one, what) in _FIELDS.items():
+        if config.get(field) is not None and not is_one(config[field]):
+            given = reprlib.repr(config[field])
+            raise CheckpointError(f"{checkpoint.name}: config.json has {field} {given}, expected {what}")
     return config
 
 
@@ -251,10 +266,14 @@ def _open(checkpoint: Checkpoint, file: Path) -> Iterator[_Safetensors | _Pickle
             else:
                 # torch's old format, from before its files were zip archives, cannot be mapped into memory.
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-                if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+                if not isinstance(state, dict) or not all(
+                    isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+                ):
                     raise CheckpointError(f"{checkpoint.name}: {file.name} holds other things than tensors")
                 opened = _Pickled(state)
-        except (OSError, EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        except FisherMaskError:
+            raise
+        except Exception as error:  # Of a damaged file, torch raises whatever its bytes happen to lead to.
             raise CheckpointError(
                 f"{checkpoint.name}: cannot read {file.name}: {first_line(error)}"
             ) from error

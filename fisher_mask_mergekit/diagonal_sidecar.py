@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -33,11 +33,10 @@ from fisher_mask_mergekit.parameter_records import (
     check_records,
 )
 from fisher_mask_mergekit.seal import damaged, digest, seal
-from fisher_mask_mergekit.sidecar import check_version, parse
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION, check_version, parse
 from fisher_mask_mergekit.store import replace_folder, umask
 from fisher_mask_mergekit.untrusted import read_header, read_json, read_regular
 
-FORMAT_VERSION: Literal[1] = 1
 INDEX = "diagonal_fisher.json"
 SHARD_BYTES = 5_000_000_000
 """A shard holds no more than this, unless a single tensor does."""

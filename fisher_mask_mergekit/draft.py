@@ -93,12 +93,11 @@ def _unlike_parent(parent: str, first: Checkpoint, shapes: Shapes) -> list[str]:
 
 def _class_of(checkpoint: Checkpoint) -> str:
     named = read_config(checkpoint).get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
-    if not isinstance(name, str) or not name.isidentifier():  # It goes into a command.
+    if not named or not named[0].isidentifier():  # It goes into a command.
         raise CheckpointError(
             f"{checkpoint.name}: config.json does not name a class: architectures is {named!r:.80}"
         )
-    return name
+    return str(named[0])
 
 
 def _measurement(checkpoint: Checkpoint, data: str | None) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -37,8 +36,6 @@ from fisher_mask_mergekit.untrusted import (
     read_header,
     read_regular,
 )
-
-FORMAT_VERSION: Literal[1] = 1
 
 
 class FactoredRecord(ParameterRecord):
@@ -135,6 +132,8 @@ def write_factored(sidecar: FactoredSidecar, path: Path) -> None:
 
 def is_factored(path: Path) -> bool:
     """Whether a file says that it is such a sidecar."""
+    if not path.is_file():  # A pipe would be waited for.
+        return False
     try:
         with path.open("rb") as file:
             return f'"{FACTORED_KEY}"'.encode() in read_header(file, path)
@@ -150,7 +149,7 @@ def read_factored(path: Path) -> FactoredSidecar:
     """
     content = read_regular(path, MOST_SIDECAR_BYTES, "sidecar", SidecarError)
     header, what = read_header(BytesIO(content), path), "sidecar of rows and columns (nodes: all)"
-    text = metadata_text(header, path, FACTORED_KEY, what, FORMAT_VERSION)
+    text = metadata_text(header, path, FACTORED_KEY, what)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fisher_mask_mergekit.checkpoint import read_tensors, tensor_shapes
 from fisher_mask_mergekit.diagonal import DiagonalFisher, diagonal_fisher
 from fisher_mask_mergekit.diagonal_sidecar import (
-    FORMAT_VERSION,
     DiagonalMetadata,
     DiagonalSidecar,
     TensorRecord,
@@ -24,6 +23,7 @@ from fisher_mask_mergekit.loading import load_model, settle_dtype
 from fisher_mask_mergekit.parameter_names import ParameterNames
 from fisher_mask_mergekit.parameter_records import ViewRecord
 from fisher_mask_mergekit.recognition import probe
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fisher_mask_mergekit import measure_diagonal
 from fisher_mask_mergekit.factored import FactoredFisher, factored_fisher
 from fisher_mask_mergekit.factored_sidecar import (
-    FORMAT_VERSION,
     FactoredMetadata,
     FactoredRecord,
     FactoredSidecar,
@@ -19,6 +18,7 @@ from fisher_mask_mergekit.factors import Split, piece
 from fisher_mask_mergekit.job import Inputs, Job
 from fisher_mask_mergekit.marginals import row_axes
 from fisher_mask_mergekit.measure_diagonal import stored_values, unsupported, view_records
+from fisher_mask_mergekit.sidecar import FORMAT_VERSION
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch
 

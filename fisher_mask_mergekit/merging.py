@@ -9,24 +9,35 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
 
 import click
 from pydantic import ValidationError, WrapValidator
 from torch import Tensor
 
 from fisher_mask_mergekit import hub, store
-from fisher_mask_mergekit.checkpoint import Checkpoint
-from fisher_mask_mergekit.errors import FisherMaskError, SidecarError, SidecarNotFoundError
+from fisher_mask_mergekit.checkpoint import Checkpoint, model_files, tensor_shapes
+from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar
+from fisher_mask_mergekit.errors import (
+    CheckpointError,
+    FisherMaskError,
+    SidecarError,
+    SidecarMismatchError,
+    SidecarNotFoundError,
+)
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
+from fisher_mask_mergekit.opening import AnySidecar, read_any
+from fisher_mask_mergekit.parameter_records import AnyRecord, ParameterSidecar
 from fisher_mask_mergekit.recipe import RecipeModel, read_recipe
 from fisher_mask_mergekit.settings import Kind
-from fisher_mask_mergekit.sidecar import AnyKind, Measurement, OfAnyKind, whole
-from fisher_mask_mergekit.weighting import Prior, check_parent, counted_weight
+from fisher_mask_mergekit.sidecar import Measurement, OfAnyKind, Sidecar, whole
+from fisher_mask_mergekit.weighting import Found, Prior, check_parent, counted_weight
 
 if TYPE_CHECKING:
     from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 Missing = Literal["error", "average"]
+ParameterKind = Literal["diagonal", "factored"]
 
 
 class MergeError(FisherMaskError, click.ClickException):
@@ -141,17 +152,22 @@ def _warn_of_kinds(kinds: frozenset[tuple[str, ...]]) -> None:
         )
 
 
+@overload
+def find_sidecar(model: Hashable, given: str, kind: Literal["mask"], missing: Missing) -> Sidecar | None: ...
+@overload
 def find_sidecar(
-    model: Hashable, given: str, kind: Kind, missing: Missing, read: Callable[[Path, int, int], AnyKind]
-) -> AnyKind | None:
+    model: Hashable, given: str, kind: ParameterKind, missing: Missing
+) -> DiagonalSidecar | FactoredSidecar | None: ...
+def find_sidecar(model: Hashable, given: str, kind: Kind, missing: Missing) -> AnySidecar | None:
     """A model's sidecar, where the recipe says it is, else beside the checkpoint or in the cache.
+
+    It is read once, not once per tensor.
 
     Args:
         model: mergekit's id of the input.
         given: The recipe's ``sidecar``, if any.
         kind: What it must be.
         missing: What to do if there is none.
-        read: Reads it; given its path, when it was changed, and its size, so that it can be read once.
 
     Returns:
         None if there is none and that is no error.
@@ -166,11 +182,71 @@ def find_sidecar(
             return None
         command = compute_command(model, kind)
         raise SidecarNotFoundError(f"there is no sidecar for {model}. Measure it:  {command}")
+    file = path / INDEX if kind == "diagonal" else path  # A folder does not change when a file in it does.
     try:
-        state = path.stat()
+        state = file.stat()
     except (OSError, ValueError) as error:
-        raise SidecarError(f"cannot read sidecar {path}: {getattr(error, 'strerror', error)}") from error
-    return whole(read(path, state.st_mtime_ns, state.st_size))
+        raise SidecarError(f"cannot read sidecar {file}: {getattr(error, 'strerror', error)}") from error
+    return whole(_read(path, kind, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, kind: Kind, modified: int, size: int) -> AnySidecar:
+    return read_any(path, kind)
+
+
+@overload
+def identified(sidecar: Sidecar, name: str, entry: "TensorEntry", kind: Kind) -> Found: ...
+@overload
+def identified(
+    sidecar: ParameterSidecar, name: str, entry: "TensorEntry", kind: Kind
+) -> AnyRecord | None: ...
+def identified(
+    sidecar: Sidecar | ParameterSidecar, name: str, entry: "TensorEntry", kind: Kind
+) -> Found | AnyRecord:
+    """What a sidecar knows of an input's tensor, and what to do if it is another checkpoint's.
+
+    One of mask nodes does not know every tensor, but some of its checkpoint's.
+
+    Args:
+        sidecar: The input's.
+        name: The output tensor's.
+        entry: The input.
+        kind: The sidecar's.
+
+    Raises:
+        SidecarMismatchError: If it is another checkpoint's.
+    """
+    try:
+        found = sidecar.identify(name, entry.tensor)
+        if isinstance(sidecar, Sidecar) and found is None:
+            _check_governs(sidecar, entry.id)
+        return found
+    except SidecarMismatchError as error:
+        raise SidecarMismatchError(
+            f"{entry.id}: {error}\n  Measure this checkpoint:  {compute_command(entry.id, kind)}"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _check_governs(sidecar: Sidecar, model: Hashable) -> None:
+    """Once: else each tensor of another architecture would be one that the sidecar need not know.
+
+    Raises:
+        SidecarMismatchError: If none of the tensors that it governs is one of the model's.
+    """
+    checkpoint, file = _checkpoint(model), Path(getattr(getattr(model, "model", None), "path", ""))
+    try:
+        if checkpoint is None or (file.is_file() and file not in model_files(checkpoint)):
+            return  # In no files, or in one that need not hold all of a checkpoint.
+        names = tensor_shapes(checkpoint)
+    except CheckpointError:
+        return  # What mergekit reads lies elsewhere, as an applied adapter does.
+    if not sidecar.governs_any(names):
+        raise SidecarMismatchError(
+            f"sidecar '{sidecar.source}' was measured on {sidecar.metadata.described_checkpoint}, a "
+            f"{sidecar.metadata.architecture}, and governs none of the tensors here"
+        )
 
 
 @lru_cache(maxsize=64)

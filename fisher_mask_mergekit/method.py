@@ -1,8 +1,6 @@
 """The merge method ``fisher_mask``."""
 
 from collections.abc import Hashable, Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from mergekit.merge_methods.base import (
@@ -12,27 +10,25 @@ from mergekit.merge_methods.base import (
     MergeMethodSpec,
     ParameterScope,
     ParameterSpec,
-    TensorEntry,
     TensorGroup,
 )
 from torch import Tensor
 
 from fisher_mask_mergekit.autoload import install
-from fisher_mask_mergekit.errors import RecipeError, SidecarMismatchError
+from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.merging import (
     Missing,
     compare_measurements,
-    compute_command,
     counted_inputs,
     find_sidecar,
+    identified,
     merge_errors,
     prior_of,
     told,
 )
 from fisher_mask_mergekit.parameter_merge import NormalizeParameters, merge_parameters
 from fisher_mask_mergekit.recipe import ALL, Nodes
-from fisher_mask_mergekit.sidecar import Sidecar, read
-from fisher_mask_mergekit.weighting import Found, Normalize, Scheme, Unmasked, fisher_rows, merge_rows
+from fisher_mask_mergekit.weighting import Normalize, Scheme, Unmasked, fisher_rows, merge_rows
 
 
 class FisherMaskMerge(GroupMergeMethod):
@@ -114,10 +110,10 @@ def _merge(
     if isinstance(inputs, Tensor):
         return inputs
     start = prior_of(group, weight, by.prior, by.clip)
-    sidecars = [find_sidecar(entry.id, sidecar[entry.id], "mask", missing, _read_once) for entry, _ in inputs]
+    sidecars = [find_sidecar(entry.id, sidecar[entry.id], "mask", missing) for entry, _ in inputs]
     compare_measurements(sidecars)
     found = [
-        None if known is None else _identify(known, name, entry)
+        None if known is None else identified(known, name, entry, "mask")
         for (entry, _), known in zip(inputs, sidecars, strict=True)
     ]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
@@ -138,20 +134,6 @@ def _without_masks(
     if normalize == "layer":
         raise RecipeError("normalize: layer is about sites of masks; nodes: all takes none, model or tensor")
     return normalize, prior, clip
-
-
-def _identify(sidecar: Sidecar, name: str, entry: TensorEntry) -> Found:
-    try:
-        return sidecar.identify(name, entry.tensor)
-    except SidecarMismatchError as error:
-        raise SidecarMismatchError(
-            f"{entry.id}: {error}\n  Measure this checkpoint:  {compute_command(entry.id)}"
-        ) from error
-
-
-@lru_cache(maxsize=64)
-def _read_once(path: Path, modified: int, size: int) -> Sidecar:
-    return read(path)
 
 
 fisher_mask = FisherMaskMerge()

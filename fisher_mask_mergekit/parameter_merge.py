@@ -5,39 +5,42 @@ Nothing here loads mergekit: its registry asks for one method while another is b
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fisher_mask_mergekit.blocks import Index, in_blocks, wide_dtype
-from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
+from fisher_mask_mergekit.diagonal_sidecar import DiagonalSidecar
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
-from fisher_mask_mergekit.factored_sidecar import FactoredSidecar, read_factored
+from fisher_mask_mergekit.factored_sidecar import FactoredSidecar
 from fisher_mask_mergekit.factors import Factors
 from fisher_mask_mergekit.merging import (
     Missing,
+    ParameterKind,
     compare_measurements,
-    compute_command,
     counted_inputs,
     find_sidecar,
+    identified,
     prior_of,
 )
 from fisher_mask_mergekit.parameter_records import AnyRecord
 from fisher_mask_mergekit.weighting import Prior, check_parent, check_prior, merge_rows, relative
 
 if TYPE_CHECKING:
-    from mergekit.merge_methods.base import TensorEntry, TensorGroup
+    from mergekit.merge_methods.base import TensorGroup
 
 NormalizeParameters = Literal["none", "model", "tensor"]
 """What a model's Fisher information is divided by: nothing, its mean over all parameters, or over the parameter."""
 
-ParameterKind = Literal["diagonal", "factored"]
 _Sidecar = DiagonalSidecar | FactoredSidecar
 Fisher = Callable[[int, Index], Tensor]
 """Gives a block of a model's Fisher information, by the model's number; it is not changed."""
+
+
+_MOST_TOTAL = 1e32
+"""Of a prior and Fisher information over its mean, which is no larger than the number of elements: what is multiplied by
+it stays in float32's range."""
 
 
 def merge_parameters(
@@ -74,12 +77,12 @@ def merge_parameters(
         return inputs
     if prior and group.base is not None:
         check_parent(prior, group.base.id, weight[group.base.id])
-    found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing, _READ[kind]) for entry, _ in inputs]
+    found = [find_sidecar(entry.id, sidecar[entry.id], kind, missing) for entry, _ in inputs]
     tensors, weights = [entry.tensor for entry, _ in inputs], [given for _, given in inputs]
     sidecars = [known for known in found if known is not None]
     compare_measurements(sidecars)
     records = [
-        _identify(known, name, entry, kind)
+        identified(known, name, entry, kind)
         for (entry, _), known in zip(inputs, found, strict=True)
         if known is not None
     ]
@@ -92,19 +95,17 @@ def merge_parameters(
     if len(parameters) < len(records):
         raise SidecarMismatchError("it is a parameter of one model, and none of another")
     scales = [_scale(known, one, normalize) for known, one in zip(sidecars, parameters, strict=True)]
-    given = weights if start is None else relative(weights).tolist()
+    given = relative(weights).tolist()  # Only their ratios count, and nothing that they divide overflows.
     coefficients = [one / (scale or 1.0) for one, scale in zip(given, scales, strict=True)]
     for known, scale, coefficient in zip(sidecars, scales, coefficients, strict=True):
-        # Without a prior only ratios count, and nothing overflows.
+        # Without a prior only ratios count.
         if not coefficient < (math.inf if start is None else torch.finfo(torch.float32).max):
             of = "all parameters" if normalize == "model" else "this tensor"
             raise SidecarError(f"{known.source}: a mean over {of} of {scale} divides nothing")
     blocks = _blocks_of(sidecars, parameters, coefficients, tensors[0], is_relative=start is None)
-    return (
-        merge_elements(tensors, given, *blocks)
-        if start is None
-        else step_elements(tensors, given, *blocks, start)
-    )
+    if start is None:
+        return merge_elements(tensors, given, *blocks)
+    return step_elements(tensors, given, *blocks, start, [known.source for known in sidecars])
 
 
 def _scale(sidecar: _Sidecar, record: AnyRecord, normalize: NormalizeParameters) -> float:
@@ -214,6 +215,7 @@ def step_elements(
     factors: Sequence[float],
     fisher: Fisher,
     prior: Prior,
+    sources: Sequence[str],
 ) -> Tensor:
     r"""From the models' parent, the sum of their weighted changes, element by element.
 
@@ -226,20 +228,35 @@ def step_elements(
         factors: :math:`c_j`, :math:`\lambda_j` over the mean of :math:`F_j`.
         fisher: As :func:`merge_elements` takes it.
         prior: :math:`\theta_0` and :math:`\kappa`, and whether to clip.
+        sources: Where each F is from, for messages.
 
     Returns:
         :math:`\theta^*`, of the inputs' dtype; computed in float32, or float64 if that is the inputs'.
+
+    Raises:
+        SidecarError: If an F is larger than what it was divided by allows (names whose).
 
     Reference: see :func:`~fisher_mask_mergekit.weighting.steps`.
     """
 
     def add(index: Index, values: Sequence[Tensor], merged: Tensor) -> None:
+        def scaled(number: int) -> Tensor:
+            return fisher(number, index).to(merged.device, merged.dtype) * factors[number]
+
         *models, parent = values
         parent, total = parent.to(merged.dtype), torch.full_like(merged, prior.precision)
-        for number, (value, given, factor) in enumerate(zip(models, weights, factors, strict=True)):
-            part = fisher(number, index).to(merged.device, merged.dtype) * factor
+        for number, (value, given) in enumerate(zip(models, weights, strict=True)):
+            part = scaled(number)
             total += part
             merged.addcmul_(value - parent, part + given * prior.precision)
+        if total.numel() and not float(total.amax()) < _MOST_TOTAL:
+            tops = [
+                float(scaled(number).nan_to_num(math.inf, math.inf).amax()) for number in range(len(models))
+            ]
+            raise SidecarError(
+                f"{sources[tops.index(max(tops))]}: Fisher information of {max(tops):.4g} times its mean is more than "
+                "can be: the stored mean is not that of the numbers. Measure the checkpoint again"
+            )
         merged.div_(total).add_(parent)
         prior.confine(merged, values)
 
@@ -248,37 +265,3 @@ def step_elements(
 
 def _reaches_zero(total: Tensor) -> bool:
     return total.numel() > 0 and not float(total.amin()) > 0
-
-
-def _identify(sidecar: _Sidecar, name: str, entry: "TensorEntry", kind: ParameterKind) -> AnyRecord | None:
-    try:
-        return sidecar.identify(name, entry.tensor)
-    except SidecarMismatchError as error:
-        raise SidecarMismatchError(
-            f"{entry.id}: {error}\n  Measure this checkpoint:  {compute_command(entry.id, kind)}"
-        ) from error
-
-
-def _read_diagonal_once(path: Path, modified: int, size: int) -> _Sidecar:
-    index = path / INDEX
-    try:
-        state = index.stat()  # A folder does not change when a file in it does.
-    except OSError as error:
-        raise SidecarError(f"cannot read sidecar {index}: {error.strerror or error}") from error
-    return _read_index_once(path, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=64)
-def _read_index_once(path: Path, modified: int, size: int) -> _Sidecar:
-    return read_diagonal(path)
-
-
-@lru_cache(maxsize=64)
-def _read_factored_once(path: Path, modified: int, size: int) -> _Sidecar:
-    return read_factored(path)
-
-
-_READ: Mapping[ParameterKind, Callable[[Path, int, int], _Sidecar]] = {
-    "diagonal": _read_diagonal_once,
-    "factored": _read_factored_once,
-}

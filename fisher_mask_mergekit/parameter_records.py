@@ -12,8 +12,8 @@ from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarMismatchError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition
 from fisher_mask_mergekit.sidecar import Measurement, Record
-from fisher_mask_mergekit.sites import MOST_COUNT, Count, Name
-from fisher_mask_mergekit.untrusted import MOST_AXES
+from fisher_mask_mergekit.sites import Count, Name
+from fisher_mask_mergekit.untrusted import MOST_AXES, MOST_COUNT
 
 
 class _Known(Record):

@@ -11,6 +11,9 @@ from fisher_mask_mergekit.settings import RANDOM, FisherSettings
 TOKENS = 64
 """Of each text, before it is tokenised again."""
 
+MOST_TEXTS = 1 << 20
+"""A data set ends, these do not; and a sidecar from anyone may ask for them."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -28,8 +31,12 @@ class Vocabulary:
         """Tokens drawn uniformly, special ones aside, as text; by the seed, a draw of its own for each sample.
 
         Raises:
-            DataError: If there is nothing to draw.
+            DataError: If there is nothing to draw, or more than :data:`MOST_TEXTS` texts are asked for.
         """
+        if settings.samples > MOST_TEXTS:
+            raise DataError(
+                f"data '{RANDOM}': {settings.samples:,} samples are asked for; no more than {MOST_TEXTS:,} texts are drawn"
+            )
         added = self.tokenizer.added_tokens_decoder.items()
         special = [*self.tokenizer.all_special_ids, *(index for index, token in added if token.special)]
         known = numpy.setdiff1d(numpy.arange(min(len(self.tokenizer), self.rows)), special)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fisher_mask_mergekit.untrusted import LONGEST_STRING, checked_name
+from fisher_mask_mergekit.untrusted import LONGEST_STRING, MOST_COUNT, checked_name
 
 DataName = Annotated[str, Field(min_length=1), AfterValidator(checked_name)]
 TaskName = Literal[
@@ -73,15 +73,15 @@ class FisherSettings(_Settings):
     """
 
     data: DataName | None = None
-    samples: int = Field(default=128, ge=1)
+    samples: int = Field(default=128, ge=1, le=MOST_COUNT)
     seed: int = Field(default=0, ge=0)
     task: TaskName | None = None
     loss: Loss = "mean"
     text: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: str | None = None
     label_map: dict[str | int, str | int] | None = None
-    max_length: int | None = Field(default=None, ge=2)
-    batch_size: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=2, le=MOST_COUNT)
+    batch_size: int | None = Field(default=None, ge=1, le=MOST_COUNT)
     share: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$")
     estimator: Estimator = "sample"
     mask_placement: MaskPlacement = "post"

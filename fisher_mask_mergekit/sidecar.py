@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fisher_mask_mergekit.checkpoint import modern
 from fisher_mask_mergekit.errors import SidecarError, SidecarShareError
 from fisher_mask_mergekit.recognition import VALUES_PER_TENSOR, Recognition, probe
 from fisher_mask_mergekit.seal import seal, unseal
 from fisher_mask_mergekit.settings import RANDOM, FisherSettings
 from fisher_mask_mergekit.shown import one_line
-from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Positive, Site
+from fisher_mask_mergekit.sites import Count, GovernedTensor, Node, Positive, Site, name_template
 from fisher_mask_mergekit.store import write_whole
 from fisher_mask_mergekit.untrusted import (
     LONGEST_STRING,
@@ -133,7 +134,7 @@ class Measurement(Record):
         return f"{self.settings.data}{commit}, split {self.data.split}, {self.data.rows} rows"
 
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+AnyMetadata = TypeVar("AnyMetadata", bound=Record)
 
 
 class OfAnyKind(Protocol):
@@ -189,6 +190,11 @@ class Sidecar:
             known, f"sidecar '{self.source}' was measured on {self.metadata.described_checkpoint}"
         )
 
+    def governs_any(self, names: Iterable[str]) -> bool:
+        """Whether it governs a tensor of such a name, in whatever layer, and with whatever more in front of one of both."""
+        known, given = ({name_template(name) for name in some} for some in (self.governed, names))
+        return bool(known & _endings(given) or given & _endings(known))
+
     @cached_property
     def means(self) -> dict[Node, float]:
         """Mean Fisher information over all of the checkpoint's nodes of a kind."""
@@ -215,8 +221,13 @@ class Sidecar:
         Raises:
             SidecarMismatchError: If the values are not this checkpoint's, or fit several layers.
         """
-        known = self._recognition.which(name, tensor)
+        known = self._recognition.which(modern(name), tensor)
         return None if known is None else self.governed[known]
+
+
+def _endings(names: Iterable[str]) -> set[str]:
+    """The names, and what remains of them without their first parts."""
+    return {name.split(".", cut)[-1] for name in names for cut in range(name.count(".") + 1)}
 
 
 def fisher_dtype(settings: FisherSettings) -> torch.dtype:
@@ -287,7 +298,7 @@ def read(path: Path) -> Sidecar:
         raise SidecarError(
             f"{path} is a sidecar of rows and columns, which fisher_mask takes with nodes: all; it has no mask nodes"
         )
-    text = metadata_text(header, path, METADATA_KEY, "sidecar of fisher-mask-mergekit", FORMAT_VERSION)
+    text = metadata_text(header, path, METADATA_KEY, "sidecar of fisher-mask-mergekit")
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -316,7 +327,7 @@ def may_replace(path: Path) -> bool:
         return False
 
 
-def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) -> str:
+def metadata_text(header: bytes, path: Path, key: str, what: str) -> str:
     """The sealed metadata in a safetensors file's header.
 
     Args:
@@ -324,7 +335,6 @@ def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) ->
         path: Where it is, for messages.
         key: What the metadata goes by.
         what: What the file should be, for messages.
-        known: The format version that is read.
 
     Raises:
         SidecarError: If there is none, or it is of another version.
@@ -334,7 +344,7 @@ def metadata_text(header: bytes, path: Path, key: str, what: str, known: int) ->
         version = read_json(text, path)["format_version"]
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise SidecarError(f"{path} is not a {what}: it has no such metadata") from error
-    check_version(path, version, known)
+    check_version(path, version, FORMAT_VERSION)
     return str(text)
 
 
@@ -351,7 +361,7 @@ def check_version(path: Path, version: Any, known: int) -> None:
         )
 
 
-def parse(kind: type[AnyRecord], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyRecord:
+def parse(kind: type[AnyMetadata], text: str, tensors: Mapping[str, Tensor], path: Path) -> AnyMetadata:
     """Metadata that is whole and as it must be.
 
     Args:

@@ -10,11 +10,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from fisher_mask_mergekit.untrusted import MOST_COUNT
+
 Kind = Literal["attention", "ffn"]
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and shapes."""
 
-MOST_COUNT = 2**40
 Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 """Of heads, neurons, elements along an axis: no tensor has more."""
 

@@ -17,7 +17,7 @@ import yaml
 from fisher_mask_mergekit.errors import FisherMaskError, RecipeError, SidecarError
 
 MOST_SIDECAR_BYTES = 1 << 30
-"""Of mask nodes; a full-size one is as large as its checkpoint."""
+"""Of mask nodes, or of rows and columns; a full-size one is a folder as large as its checkpoint."""
 
 MOST_HEADER_BYTES = 32 << 20
 MOST_TENSORS = 100_000
@@ -36,6 +36,9 @@ MOST_RECIPE_VALUES = 100_000
 
 LONGEST_STRING = 8192
 """Of a field; names of sites and tensors are shorter still."""
+
+MOST_COUNT = 1 << 40
+"""Of heads, neurons, elements, samples, rows, tokens."""
 
 MOST_AXES = 8
 _LONGEST_PATH = 4095

@@ -56,10 +56,8 @@ def find(target: str) -> tuple[AnySidecar, str | None]:
     if place.is_dir() and not is_diagonal(place):
         return sidecar, target
     path = place.absolute()
-    folder = store.PLACES[
-        sidecar.metadata.settings.kind
-    ].parent  # Beside a share may lie others, and what was kept.
-    lies_in_one = path.parent.name == folder.name and (path.parents[1] / "config.json").is_file()
+    # Beside a share may lie others, and what was kept.
+    lies_in_one = path.parent.name == store.BESIDE.parent.name and (path.parents[1] / "config.json").is_file()
     return sidecar, str(path.parents[1]) if lies_in_one else None
 
 

@@ -29,6 +29,10 @@ ASKED_FOR: Mapping[Layout, tuple[str, str | bool]] = {
 """What mask nodes govern only in a scheme with this value of this parameter; tensors of other layouts always."""
 
 
+LEAST_PRIOR, MOST_PRIOR = 1e-30, 1e30
+"""Far from either, it or Fisher information does not count beside the other any more."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """What a merge weighs by Fisher information, and how.
@@ -98,7 +102,7 @@ def check_prior(given: object, normalize: str) -> float:
     """A recipe's prior, if it can be one.
 
     Raises:
-        RecipeError: If it is no number of 0 or more, or nothing gives it a scale.
+        RecipeError: If it is no number of 0 or more, too large or too small to compute with, or nothing gives it a scale.
     """
     try:
         prior = float(given)  # type: ignore[arg-type]
@@ -106,6 +110,10 @@ def check_prior(given: object, normalize: str) -> float:
         prior = math.nan
     if not 0 <= prior < math.inf:
         raise RecipeError(f"prior is {given}; expected a number of 0 or more")
+    if prior and not LEAST_PRIOR <= prior <= MOST_PRIOR:
+        raise RecipeError(
+            f"prior is {given}; expected 0, or {LEAST_PRIOR:g} to {MOST_PRIOR:g}: its products must stay in float32's range"
+        )
     if prior and normalize == "none":
         raise RecipeError(
             f"prior: {prior} counts in means of each model's Fisher information, so it needs "
@@ -297,8 +305,10 @@ def _described(found: Found) -> str:
     """The mask nodes that govern a tensor, and how."""
     if found is None or found[1].layout == "mean":
         return "none"
-    counts = (f"{node.removesuffix('_fisher')} {list(shape)}" for node, shape in found[0].nodes().items())
-    return f"{', '.join(counts)} in layout '{found[1].layout}'"
+    site, tensor = found
+    counts = (f"{node.removesuffix('_fisher')} {list(shape)}" for node, shape in site.nodes().items())
+    one = "" if tensor.expert is None else f" of expert {tensor.expert}"
+    return f"{', '.join(counts)}{one} along axis {tensor.axis} in layout '{tensor.layout}'"
 
 
 def _model_rows(sidecar: Sidecar, found: Found, ndim: int, scheme: Scheme) -> Tensor | None:

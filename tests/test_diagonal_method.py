@@ -1,6 +1,7 @@
 """The merge by full Fisher information against its formula, through mergekit's own interface and commands."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from typer.testing import CliRunner, Result
 
-from fisher_mask_mergekit import diagonal_sidecar, store
+from fisher_mask_mergekit import diagonal_sidecar, merging, store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import MergeError
-from fisher_mask_mergekit.opening import AnySidecar
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.parameter_merge import merge_elements
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.seal import seal
@@ -152,6 +153,23 @@ def test_a_mean_that_divides_nothing_is_an_error(inputs: Inputs) -> None:
     (folder / INDEX).write_text(seal(metadata.model_dump_json(), {}))
     with pytest.raises(MergeError, match="mean over all parameters of 1e-320 divides nothing"):
         inputs.merge(normalize="model")
+
+
+def test_an_index_is_read_once_until_it_is_another(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[str] = []
+
+    def counted(path: Path, kind: Kind) -> AnySidecar:
+        paths.append(str(path))
+        return read_any(path, kind)
+
+    monkeypatch.setattr(merging, "read_any", counted)
+    inputs.merge()
+    inputs.merge()
+    assert sorted(paths) == inputs.paths
+    index = Path(inputs.paths[1]) / INDEX
+    os.utime(index, ns=(0, index.stat().st_mtime_ns + 1))
+    inputs.merge()
+    assert sorted(paths) == [*inputs.paths, inputs.paths[1]]
 
 
 def test_the_default_device_does_not_matter(inputs: Inputs) -> None:

@@ -11,13 +11,17 @@ import pytest
 import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods import get, merge_state_dicts, merge_tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit import method, recognition
+from fisher_mask_mergekit import merging, recognition
+from fisher_mask_mergekit.checkpoint import Checkpoint, tensor_shapes
 from fisher_mask_mergekit.merging import MergeError, compute_command
+from fisher_mask_mergekit.opening import AnySidecar, read_any
 from fisher_mask_mergekit.recognition import probe
-from fisher_mask_mergekit.sidecar import Sidecar, read, write
+from fisher_mask_mergekit.settings import Kind
+from fisher_mask_mergekit.sidecar import Sidecar, write
 from fisher_mask_mergekit.sites import Node, name_template
 from fisher_mask_mergekit.weighting import Normalize, merge_rows
 from tests import tiny
@@ -86,6 +90,18 @@ def by_hand(
                     fisher.select(axis, place).fill_(own)
         top, bottom = top + weight * fisher * value, bottom + weight * fisher
     return top / bottom
+
+
+@pytest.mark.parametrize("unmasked", ["layer", "universal"])
+def test_old_names_are_weighed_like_new_ones(inputs: Inputs, unmasked: str) -> None:
+    """mergekit-pytorch goes by what the files call them."""
+    wanted = inputs.merge(unmasked=unmasked)
+    old = {name: re.sub(r"(LayerNorm\.)weight$", r"\1gamma", name) for name in wanted}
+    old = {name: re.sub(r"(LayerNorm\.)bias$", r"\1beta", given) for name, given in old.items()}
+    inputs.states = [{old[name]: value for name, value in state.items()} for state in inputs.states]
+    merged = inputs.merge(unmasked=unmasked)
+    assert sum(name != given for name, given in old.items()) == 10
+    assert_close({name: merged[given] for name, given in old.items()}, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -291,6 +307,73 @@ def test_another_checkpoints_sidecar_is_an_error(inputs: Inputs) -> None:
         inputs.merge()
 
 
+WORDS = "bert.embeddings.word_embeddings.weight"
+
+
+def merge_words(folders: list[Path], sidecars: list[Path], file: str = "") -> Tensor:
+    """Of checkpoints on disk, a tensor that no mask node governs."""
+    states = [load_file(folder / "model.safetensors") for folder in folders]
+    return merge_tensors(
+        [value for state in states for name, value in state.items() if WORDS.endswith(name)],
+        get("fisher_mask"),
+        ids=[ModelReference.parse(str(folder / file)) for folder in folders],
+        name=WORDS,
+        parameters={"sidecar": [str(path) for path in sidecars]},
+    )
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    one = tiny.checkpoint(tmp_path / "one")
+    return [one, tiny.sibling(tmp_path / "two", one, seed=1)]
+
+
+def sidecars_beside(folders: list[Path], architecture: str) -> list[Path]:
+    paths = [folder / f"{architecture}.safetensors" for folder in folders]
+    for path in paths:
+        write(sidecar_for(tiny.classifier(architecture)), path)
+    return paths
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_sidecars_of_another_architecture_are_an_error_even_if_all_are(
+    folders: list[Path], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = r"one.*: sidecar '.*/distilbert.safetensors' was measured on .*, and governs none of the tensors here\n  Measure"
+    with pytest.raises(MergeError, match=says):
+        merge_words(folders, sidecars_beside(folders, "distilbert"), file)
+    looked: list[Path] = []
+
+    def counted(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+        looked.append(checkpoint.folder)
+        return tensor_shapes(checkpoint)
+
+    monkeypatch.setattr(merging, "tensor_shapes", counted)
+    fitting = sidecars_beside(folders, "bert")
+    for _ in range(3):
+        merge_words(folders, fitting, file)
+    assert looked == folders
+
+
+def test_only_whole_checkpoints_must_have_tensors_that_the_sidecar_governs(folders: list[Path]) -> None:
+    other = sidecars_beside(folders, "distilbert")
+    wanted = merge_words(folders, sidecars_beside(folders, "bert"))
+    for folder in folders:
+        words = {WORDS: load_file(folder / "model.safetensors")[WORDS]}
+        save_file(words, folder / "words.safetensors")
+    assert_close(merge_words(folders, other, "words.safetensors"), wanted)
+
+
+def test_names_may_have_more_or_less_in_front_of_them(folders: list[Path]) -> None:
+    wanted = merge_words(folders, sidecars_beside(folders, "bert"))
+    for folder in folders:
+        state = load_file(folder / "model.safetensors")
+        save_file({name.removeprefix("bert."): v for name, v in state.items()}, folder / "model.safetensors")
+    assert_close(merge_words(folders, sidecars_beside(folders, "bert")), wanted)
+    with pytest.raises(MergeError, match="governs none of the tensors here"):
+        merge_words(folders, sidecars_beside(folders, "distilbert"))
+
+
 def test_what_to_run_for_a_model_whose_sidecar_is_on_the_hub(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yml"
     published = {"model": "org/one", "parameters": {"sidecar": "hub:org/one/a.safetensors"}}
@@ -311,11 +394,11 @@ def test_what_to_run_for_a_model_whose_sidecar_is_on_the_hub(tmp_path: Path) -> 
 def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     paths: list[str] = []
 
-    def counted(path: Path) -> Sidecar:
+    def counted(path: Path, kind: Kind) -> AnySidecar:
         paths.append(str(path))
-        return read(path)
+        return read_any(path, kind)
 
-    monkeypatch.setattr(method, "read", counted)
+    monkeypatch.setattr(merging, "read_any", counted)
     inputs.merge()
     inputs.merge()
     assert sorted(paths) == inputs.paths
@@ -361,6 +444,20 @@ def test_heads_of_another_number_in_tensors_of_the_same_shape_are_an_error(tmp_p
         inputs.merge()
 
 
+def test_rows_of_one_sidecar_that_are_columns_of_another_are_an_error(inputs: Inputs) -> None:
+    sidecar = inputs.sidecars[1]
+    document = sidecar.metadata.model_dump()
+    for site in document["sites"]:
+        for tensor in site["tensors"]:
+            tensor["axis"] = len(tensor["shape"]) - 1 if tensor["layout"] == "q" else tensor["axis"]
+    metadata = type(sidecar.metadata).model_validate(document)
+    write(Sidecar(metadata, sidecar.fisher, sidecar.values), Path(inputs.paths[1]))
+    with pytest.raises(
+        MergeError, match=r"disagree about .* along axis 0 in layout 'q' and .* along axis 1 in layout 'q'"
+    ):
+        inputs.merge()
+
+
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_cannot_be_is_an_error(inputs: Inputs, weight: float) -> None:
     with pytest.raises(MergeError, match="weight of 0 is"):
@@ -388,7 +485,6 @@ def test_the_sidecar_is_looked_for_beside_the_checkpoint_then_in_the_cache(
 ) -> None:
     monkeypatch.setenv("FISHER_MASK_CACHE", str(tmp_path / "cache"))
     from fisher_mask_mergekit import store
-    from fisher_mask_mergekit.checkpoint import Checkpoint
 
     inputs = Inputs(tmp_path)
     folder = tmp_path / "model"

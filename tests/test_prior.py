@@ -1,6 +1,7 @@
 """Merges from the models' parent, through mergekit's own interface and commands."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from fisher_mask_mergekit.cli import app
+from fisher_mask_mergekit.diagonal_sidecar import INDEX, read_diagonal
+from fisher_mask_mergekit.factored_sidecar import read_factored, write_factored
 from fisher_mask_mergekit.merging import MergeError
+from fisher_mask_mergekit.seal import seal
+from fisher_mask_mergekit.sidecar import write
 from fisher_mask_mergekit.weighting import merge_rows, steps
 from tests import tiny
 from tests.test_diagonal_method import Inputs as DiagonalInputs
@@ -200,6 +205,8 @@ def test_rows_that_matter_to_no_model_get_all_changes_and_those_of_one_its_own()
     ({"prior": -1.0}, "prior is -1.0; expected a number of 0 or more"),
     ({"prior": float("nan")}, "prior is nan; expected a number of 0 or more"),
     ({"prior": float("inf")}, "prior is inf; expected a number of 0 or more"),
+    ({"prior": 1e39}, "prior is 1e+39; expected 0, or 1e-30 to 1e+30"),
+    ({"prior": 1e-46}, "prior is 1e-46; expected 0, or 1e-30 to 1e+30"),
     ({"prior": "much"}, "prior: Input should be a valid number, unable to parse string as a number, got 'much'"),
     ({"base_weight": 1.0}, "base_model parent has a weight; with prior it is what the models were fine-tuned from"),
 ])  # fmt: skip
@@ -213,6 +220,67 @@ def test_a_mean_that_is_next_to_nothing_is_an_error(tmp_path: Path) -> None:
     models.inputs = DiagonalInputs(tmp_path / "small", count=3, scale=1e-40)
     with pytest.raises(MergeError, match=r"a mean over this tensor of .*e-\d+ divides nothing"):
         models.merge(prior=1.0)
+
+
+def forge_mean(path: Path, mean: float) -> None:
+    """Give a sidecar of all parameters another mean over them, and a checksum that fits."""
+    if path.is_dir():
+        index = read_diagonal(path).metadata.model_copy(update={"mean": mean})
+        (path / INDEX).write_text(seal(index.model_dump_json(), {}))
+    else:
+        sidecar = read_factored(path)
+        write_factored(replace(sidecar, metadata=sidecar.metadata.model_copy(update={"mean": mean})), path)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("mean", [1e-30, 1e-36])
+@pytest.mark.parametrize("kind", ["factored", "diagonal"])
+def test_a_mean_that_is_not_that_of_the_numbers_is_an_error_and_no_nan(
+    tmp_path: Path, kind: str, mean: float, clip: bool
+) -> None:
+    models = Descendants(tmp_path, kind)
+    models.inputs = type(models.inputs)(tmp_path / "large", count=3, scale=1e4)
+    forge_mean(Path(models.inputs.paths[1]), mean)
+    says = rf"SidecarError at bert\..*: {models.inputs.paths[1]}: Fisher information of .* times its mean is more than can be"
+    with pytest.raises(MergeError, match=says):
+        models.merge(prior=1.0, normalize="model", clip=clip)
+    forge_mean(Path(models.inputs.paths[1]), 1e36)
+    assert all(bool(value.isfinite().all()) for value in models.merge(prior=1.0, normalize="model").values())
+
+
+@pytest.mark.parametrize("kind", ["factored", "diagonal"])
+def test_the_least_prior_adds_up_what_matters_to_no_model(tmp_path: Path, kind: str) -> None:
+    models = Descendants(tmp_path, kind)
+    models.inputs = type(models.inputs)(tmp_path / "zero", count=3, scale=0.0)
+    merged = models.merge(prior=1e-30)
+    for name, value in merged.items():
+        if value.is_floating_point():
+            changes = [state[name] - models.parent[name] for state in models.inputs.states]
+            assert_close(value, models.parent[name] + torch.stack(changes).sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["model", "layer", "tensor"])
+def test_masks_go_by_means_of_their_own_however_large_or_small(tmp_path: Path, normalize: str) -> None:
+    models = Descendants(tmp_path, "mask")
+    assert isinstance(models.inputs, MaskInputs)
+    for path, sidecar, value in zip(
+        models.inputs.paths, models.inputs.sidecars, (3e38, 1e-45, 0.0), strict=True
+    ):
+        for vectors in sidecar.fisher.values():
+            for vector in vectors.values():
+                vector.fill_(value)[:1] = 1e-45
+        write(sidecar, Path(path))
+    for prior in (0.0, 1e-30, 1.0, 1e30):
+        merged = models.merge(normalize=normalize, prior=prior)
+        assert all(bool(value.isfinite().all()) for value in merged.values())
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0])
+@pytest.mark.parametrize("normalize", ["model", "tensor"])
+def test_huge_weights_are_no_fault_of_a_sidecar(models: Descendants, normalize: str, prior: float) -> None:
+    merged = models.merge(prior=prior, normalize=normalize, weight=[1e308, 0.5e308, 1e308])
+    wanted = models.merge(prior=prior, normalize=normalize, weight=[2.0, 1.0, 2.0])
+    assert_close(merged, wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_it_needs_a_parent(models: Descendants) -> None:

@@ -244,6 +244,10 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
         lambda t, m: m.update(device="d" * 8193),
         "field 'device': String should have at most 8192 characters",
     ),
+    "more samples asked for than can be": (
+        lambda t, m: m["settings"].update(samples=2**40 + 1),
+        "field 'settings.samples': Input should be less than or equal",
+    ),
     "more samples than rows": (lambda t, m: m.update(samples=10), "no more samples than rows"),
     "more truncated than samples": (lambda t, m: m.update(truncated=10), "no more truncated than samples"),
     "rows that do not divide": (

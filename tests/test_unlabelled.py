@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
+from fisher_mask_mergekit import random_text
 from fisher_mask_mergekit.data import load_samples, parse_spec
 from fisher_mask_mergekit.errors import DataError, MeasurementError
 from fisher_mask_mergekit.job import prepare
@@ -159,6 +160,15 @@ def test_tokens_that_the_model_does_not_know_or_that_are_special_are_not_drawn()
     assert numbers(random_texts(20, 0, tokenizer, 200)) == set(range(5, tiny.VOCABULARY))
     with pytest.raises(DataError, match="no tokens but special ones"):
         random_texts(1, 0, tokenizer, 5)
+
+
+def test_random_texts_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_text, "MOST_TEXTS", 2000)
+    assert len(random_texts(2000, 0)) == 2000
+    with pytest.raises(
+        DataError, match=r"data 'random': 2,001 samples are asked for; no more than 2,000 texts are"
+    ):
+        random_texts(2001, 0)
 
 
 @pytest.mark.parametrize("name", ["gpt2-causal", "bert-masked"])

@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
 import struct
+import threading
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,28 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fisher_mask_mergekit import store, untrusted
+from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.cli.output import print_lines, say
+from fisher_mask_mergekit.combine import combine
 from fisher_mask_mergekit.data import load_samples, load_texts
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, may_replace_diagonal, read_diagonal
-from fisher_mask_mergekit.errors import DataError, FisherMaskError, RecipeError, SidecarError
+from fisher_mask_mergekit.errors import CheckpointError, DataError, FisherMaskError, RecipeError, SidecarError
+from fisher_mask_mergekit.loading import load_config
+from fisher_mask_mergekit.opening import open_sidecar
+from fisher_mask_mergekit.preview.peek import peek
 from fisher_mask_mergekit.recipe import read_recipe
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.shown import shown
 from fisher_mask_mergekit.sidecar import METADATA_KEY, may_replace, read, write
 from fisher_mask_mergekit.tasks import SequenceClassification
+from fisher_mask_mergekit.verify import find
 from tests import tiny
 from tests.test_cli import run
 from tests.test_diagonal_sidecar import first_shard, folder, made_up, write_for  # noqa: F401
 from tests.test_sidecar import metadata_for, path, sidecar_for  # noqa: F401
 
+PATIENCE = 20
+"""Seconds after which something that must happen is given up."""
 HOSTILE = "\x1b[2J\u202eevil\x07\nok: all is well"
 
 
@@ -44,6 +55,27 @@ def test_a_pipe_is_not_waited_for(pipe: Path, reader: Callable[[Path], object]) 
     with pytest.raises(FisherMaskError, match=r"cannot read (sidecar|recipe) .*: it is no file"):
         reader(pipe)
     assert not may_replace(pipe)
+
+
+@pytest.mark.parametrize("opened", [
+    lambda pipe: open_sidecar(str(pipe)), lambda pipe: find(str(pipe)), lambda pipe: combine([pipe, pipe], Path("out")),
+])  # fmt: skip
+def test_a_pipe_is_not_waited_for_to_tell_its_kind(pipe: Path, opened: Callable[[Path], object]) -> None:
+    raised: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            opened(pipe)
+        except FisherMaskError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        os.close(os.open(pipe, os.O_WRONLY))  # Lets go of who waits.
+    assert [str(error) for error in raised] == [f"cannot read sidecar {pipe}: it is no file"]
+    assert not thread.is_alive()
 
 
 def test_a_shard_that_is_a_pipe_is_not_there(folder: Path) -> None:  # noqa: F811
@@ -140,6 +172,9 @@ RECIPE = "merge_method: linear\nmodels: [{model: one}]\n"
         (RECIPE.replace("one", "a/" * 2048), "of no more than 4095 bytes"),
         (RECIPE + f"base_model: org/{'ü' * 128}", "255 between its slashes, got 'org/"),
         (RECIPE + f"fisher: {{data: {'d' * 256}}}", "data: Value error, expected a path or hub id of no more than 4095 bytes"),
+        (RECIPE + "fisher: {data: d, samples: 1099511627777}", "samples: Input should be less than or equal to 1099511627776"),
+        (RECIPE + "fisher: {data: d, max_length: 1099511627777}", "max_length: Input should be less than or equal to"),
+        (RECIPE + "fisher: {data: d, batch_size: 1099511627777}", "batch_size: Input should be less than or equal to"),
         (RECIPE + f"fisher: {{data: {'d' * 8193}}}", "data: String should have at most 8192 characters"),
     ],
 )  # fmt: skip
@@ -247,6 +282,77 @@ def test_a_checkpoints_json_beyond_the_bounds_is_not_read(tmp_path: Path, name: 
         (model / "model.safetensors").unlink()
     (model / name).write_text("[" * 100_000)
     assert "is not " in run("sites", model, code=1).stderr
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"model_type": []}, r"config.json has model_type \[\], expected a string"),
+    ({"model_type": {}, "auto_map": {"AutoConfig": "a.B"}}, r"config.json has model_type {}, expected a string"),
+    ({"auto_map": 5}, "config.json has auto_map 5, expected an object"),
+    ({"auto_map": "AutoConfig"}, "config.json has auto_map 'AutoConfig', expected an object"),
+    ({"architectures": 5}, "config.json has architectures 5, expected a list of strings"),
+    ({"architectures": "Bert"}, "config.json has architectures 'Bert', expected a list of strings"),
+    ({"architectures": ["Bert", [[0] * 99] * 99]}, r"architectures \['Bert', .*\.\.\..*\], expected a list of strings"),
+])  # fmt: skip
+def test_a_configuration_whose_fields_are_of_other_types(
+    tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    checkpoint = locate(str(tiny.checkpoint(tmp_path / "model")))
+    file = checkpoint.folder / "config.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | change))
+    for look in (
+        lambda: load_config(checkpoint, trust_remote_code=False),
+        lambda: peek(checkpoint.name).model(),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            look()
+    file.write_text(json.dumps(document | dict.fromkeys(["auto_map", "architectures"])))
+    assert peek(checkpoint.name).architecture == "no class"
+
+
+def saved(state: Any, *, as_zip: bool) -> bytes:
+    file = BytesIO()
+    torch.save(state, file, _use_new_zipfile_serialization=as_zip)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_weights_that_are_damaged_are_one_error(tmp_path: Path, as_zip: bool) -> None:
+    checkpoint = locate(str(tiny.checkpoint(tmp_path / "model")))
+    (checkpoint.folder / "model.safetensors").unlink()
+    file, whole = checkpoint.folder / "pytorch_model.bin", saved({"a": torch.ones(2, 2)}, as_zip=as_zip)
+    file.write_bytes(whole)
+    assert tensor_shapes(checkpoint) == {"a": (2, 2)}
+    draw, refused = random.Random(0), 0
+    for size in range(0, len(whole), max(1, len(whole) // 80)):
+        changed = bytearray(whole)
+        for _ in range(3):
+            changed[draw.randrange(len(whole))] = draw.randrange(256)
+        for content in (whole[:size], bytes(changed)):
+            file.write_bytes(content)
+            try:
+                tensor_shapes(checkpoint)
+            except CheckpointError as error:
+                assert "pytorch_model.bin" in str(error)  # noqa: PT017 - it may be none, too
+                refused += 1
+    assert refused > 80
+
+
+@pytest.mark.parametrize("state", [{0: torch.ones(2)}, {"a": 5}, [torch.ones(2)]])
+def test_weights_that_are_no_named_tensors(tmp_path: Path, state: Any) -> None:
+    checkpoint = locate(str(tiny.checkpoint(tmp_path / "model")))
+    (checkpoint.folder / "model.safetensors").unlink()
+    (checkpoint.folder / "pytorch_model.bin").write_bytes(saved(state, as_zip=True))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds other things than tensors"):
+        tensor_shapes(checkpoint)
+
+
+def test_a_folder_with_an_at_behind_it_is_not_that_folder(tmp_path: Path) -> None:
+    name = f"{tiny.checkpoint(tmp_path / 'model')}@"
+    for look in (locate, peek):
+        with pytest.raises(CheckpointError, match=f"there is no folder {name}"):
+            look(name)
 
 
 def test_a_table_whose_rows_are_elsewhere(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fisher_mask_mergekit.errors import FisherMaskError
+from fisher_mask_mergekit.errors import FisherMaskError, SidecarMismatchError
 from fisher_mask_mergekit.sidecar import Sidecar
 from fisher_mask_mergekit.sites import Node, Site
 from fisher_mask_mergekit.weighting import Normalize, Scheme, fisher_rows, merge_rows
@@ -174,6 +174,19 @@ def test_value_rows_of_a_fused_tensor_are_weighted_as_a_value_matrix_would_be(fa
                 values = own.reshape(groups, -1)[:, -width:].flatten()
             assert_close(values, torch.full_like(values, wanted))
             assert_close(own[:width], heads[:1].expand(width))
+
+
+def test_one_expert_is_not_another() -> None:
+    both = sidecars("mixtral")
+    site, tensor = both[0].governed["model.layers.1.mlp.experts.gate_up_proj"]
+    ones = [
+        (site, tensor.model_copy(update={"shape": (40, 32), "layout": "n", "axis": 0, "expert": expert}))
+        for expert in (0, 1)
+    ]
+    with pytest.raises(
+        SidecarMismatchError, match=r"neuron \[4, 40\] of expert 0 along axis 0 .* of expert 1 along"
+    ):
+        fisher_rows(both, ones, 2, Scheme())
 
 
 @pytest.mark.parametrize("normalize", ["none", "model", "layer", "tensor"])

@@ -77,7 +77,7 @@ def peek(name: str) -> Peeked:
         found = peek(reference[0])
         return Peeked(Checkpoint(name, found.checkpoint.folder, None), found.shapes, False)
     path, _, wanted = name.partition("@")
-    local = Path(name).exists() or name.startswith((".", "/", "~")) or (not wanted and Path(path).is_dir())
+    local = Path(name).exists() or name.startswith((".", "/", "~"))
     checkpoint = locate(name) if local else _from_hub(name, path, wanted or None)
     try:
         return Peeked(checkpoint, stored_shapes(checkpoint), True)
