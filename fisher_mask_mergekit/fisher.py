@@ -9,7 +9,7 @@ from fisher_mask_mergekit.errors import MeasurementError
 from fisher_mask_mergekit.mask_gradients import MaskGradients
 from fisher_mask_mergekit.passes import Agree, frozen, no_sample, run_samples
 from fisher_mask_mergekit.settings import Estimator, Labels, MaskPlacement
-from fisher_mask_mergekit.sites import NodeKey, Site
+from fisher_mask_mergekit.sites import NodeKey, Site, stack_of
 from fisher_mask_mergekit.tally import Settle, Tally
 from fisher_mask_mergekit.tasks import Batch, Task
 
@@ -26,7 +26,8 @@ class MaskFisher:
         loss: Mean over samples of their negative log-likelihood, in nats.
         accuracy: Mean over samples of the share of predictions whose most probable outcome is the data's.
         one_by_one: Whether samples ran one at a time, because not every site keeps them apart in a batch.
-        unreached: Sites that no sample ran through (a vision tower's without images, an expert's): all zeros.
+        unreached: Sites that no sample ran through (an expert's, a vision tower's without images), or whose stack no loss
+            sees: all zeros.
     """
 
     fisher: dict[NodeKey, Tensor]
@@ -100,7 +101,8 @@ def mask_fisher(
     Raises:
         MeasurementError: If there is no sample; a loss or a gradient is not finite (names the site and
             the node); a sample gives something else by itself than in its batch; no gradient reaches
-            any site, or one that did run; or if the batch estimator is to take all labels.
+            any site, or one that did run and has others of its stack that are reached; or if the batch
+            estimator is to take all labels.
 
     Reference: arXiv 2403.09891, eq. (4), with masks as in eq. (2).
     """
@@ -147,14 +149,16 @@ def _means(
 def _unreached(
     sites: tuple[Site, ...], reached: Mapping[NodeKey, Tensor], ran: Collection[str]
 ) -> tuple[str, ...]:
-    """The sites that no sample ran through.
+    """The sites that no sample ran through, and those of stacks that no loss sees anything of.
 
     Raises:
-        MeasurementError: If one, or the module around it, was run, and its gradient did not arrive, or none was.
+        MeasurementError: If one, or the module around it, was run, and no gradient of it arrived though others of its
+            stack did; or none at all arrived.
     """
     there = {output for output, _ in reached}
+    stacks = {stack_of(output) for output in there}
     unreached = tuple(site.output for site in sites if site.output not in there)
-    strange = [output for output in unreached if output in ran or not there]
+    strange = [output for output in unreached if (output in ran and stack_of(output) in stacks) or not there]
     if strange:
         raise MeasurementError(
             f"no gradient reached {strange[0]}: the model does not run it, or does not use what it gives"

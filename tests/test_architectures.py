@@ -38,7 +38,7 @@ from tests.test_sidecar import metadata_for
 UNPADDED, FLOAT32 = {"gemma2", "gemma2-sequence"}, {"canine"}
 # A vision tower's softmax, or a router's scores, are float32 in these whatever the dtype.
 FLOAT32_INSIDE = {
-    "gemma3-vl", "afmoe", "glm4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-dense-first",
+    "gemma3-vl", "llama4", "afmoe", "glm4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-dense-first",
     "deepseek-v3-moonlight",
 }  # fmt: skip
 # No head, and so no loss; no text to go in; only texts of certain lengths.
@@ -227,6 +227,8 @@ def test_the_pre_pass_equals_the_definition(family: Family, placement: Any) -> N
     # Images in patches have no batch axis.
     together = singles if family.inputs == "text and patches" else batches(family, (3, 2))
     got = mask_fisher(model, together, sites, TASK, mask_placement=placement)
+    if got.one_by_one:  # Without padding, which moves what is rounded.
+        singles = [single.trimmed() for single in singles]
     wanted = naive_fisher(model, TASK, singles, sites, placement)
     assert got.fisher.keys() == wanted.keys()
     allowed = precision(family)
