@@ -60,7 +60,10 @@ def find_columns(names: Sequence[str], known: Sequence[Layout], settings: Fisher
         usable = [one for one in usable if all(name in names for name in one.text)]
         if not usable:
             _refuse_packed(names, settings)
-            raise DataError(f"no text column found in '{settings.data}'; {there}; name it with text")
+            looked = ", ".join(dict.fromkeys(" and ".join(one.text) for one in known))
+            raise DataError(
+                f"no text column found in '{settings.data}'; {there}, looked for were {looked}; name it with text"
+            )
         whole = [one for one in usable if one.label is None or one.label in names]
         found = Layout(usable[0].text, settings.label) if settings.label else next(iter(whole), None)
     if found is None:

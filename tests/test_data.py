@@ -123,7 +123,7 @@ def test_columns_by_option(tmp_path: Path) -> None:
         (
             {"body": "x", "label": 0},
             {},
-            "no text column found in .*; its columns are body, label; name it with text",
+            "no text column found in .*; its columns are body, label, looked for were .*, text, .*; name it with text",
         ),
         (
             {"text": "x", "y": 0},
@@ -443,6 +443,7 @@ def test_several_labels_match_by_name(tmp_path: Path) -> None:
         (CausalLM(), {"a": "w5", "b": "w6"}, {"text": ("a", "b")}, "causal-lm reads 1 text column at most, text names 2"),
         (CausalLM(), {"prompt": "w5", "completion": 3}, {}, "column 'completion' holds int, expected text"),
         (CausalLM(), {"messages": [{"from": "human", "value": "w5"}]}, {}, r"column 'messages' must hold chats, lists of \{role, content\}"),
+        (CausalLM(), {"messages": json.dumps(CHAT)}, {}, r"column 'messages' must hold chats, lists of .*; it is their text: parse it"),
         (CausalLM(), {"messages": CHAT[:1]}, {}, "has no answer of the assistant's to anything"),
         (CausalLM(), {"messages": CHAT[1:]}, {}, "has no answer of the assistant's to anything"),
         (CausalLM(), {"input_ids": [5, 6], "position_ids": [0, 0]}, {}, r"holds token ids \(column input_ids\) and no text: samples that were packed into one sequence"),

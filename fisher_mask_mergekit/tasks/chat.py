@@ -18,6 +18,7 @@ def as_messages(value: Any, column: str, settings: FisherSettings) -> tuple[dict
     ):
         raise DataError(
             f"'{settings.data}': column '{column}' must hold chats, lists of {{role, content}}, got {value!r:.80}"
+            + ("; it is their text: parse it (json.loads)" if isinstance(value, str) else "")
         )
     # A table has every key in every row.
     chat = [{key: entry for key, entry in message.items() if entry is not None} for message in value]

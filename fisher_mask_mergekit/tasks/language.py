@@ -88,7 +88,7 @@ class CausalLM(Task):
         if columns.label is not None:
             drawn = text_tuples(rows, columns.text, settings)
             return Drawn(drawn, texts(rows, columns.label, settings), columns, {}, None)
-        if any(isinstance(value, list) for value in values):
+        if columns.text == ("messages",) or any(isinstance(value, list) for value in values):
             chats = [as_messages(value, columns.text[0], settings) for value in values]
             return Drawn([chat[:-1] for chat in chats], [chat[-1] for chat in chats], columns, {}, None)
         return Drawn(text_tuples(rows, columns.text, settings), [None] * len(values), columns, {}, None)
