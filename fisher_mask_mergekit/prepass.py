@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fisher_mask_mergekit import store
-from fisher_mask_mergekit.checkpoint import file_states
+from fisher_mask_mergekit.checkpoint import file_states, read_config
 from fisher_mask_mergekit.errors import CheckpointError, SidecarError
 from fisher_mask_mergekit.execution import PLAIN, Execution
 from fisher_mask_mergekit.job import Inputs, Job, measured_meanwhile
@@ -313,7 +313,29 @@ def _notes(job: Job, metadata: Measurement, path: Path) -> list[str]:
             f"frequent label ({data.majority:.3f}). The data's labels probably do not match the checkpoint's: "
             "compare them, and use label_map."
         )
+    guess = math.log(_vocabulary(job) or math.inf)
+    predicts_tokens = (
+        metadata.task in ("causal-lm", "masked-lm", "seq2seq-lm") and metadata.settings.loss == "mean"
+    )
+    if (
+        predicts_tokens
+        and metadata.settings.data != RANDOM
+        and metadata.samples >= ENOUGH
+        and metadata.loss > guess
+    ):
+        notes.append(
+            f"WARNING: the loss is {metadata.loss:.2f} nats a token, where guessing evenly among all tokens costs {guess:.2f}. "
+            "The tokenizer probably does not belong to the weights, or the data are not what the checkpoint was trained on."
+        )
     preferred = store.find(job.checkpoint, job.settings.kind)
     if not job.elsewhere and share is None and preferred != path:
         notes.append(f"a merge prefers {preferred}; to use this one:  parameters: {{sidecar: {path}}}")
     return notes
+
+
+def _vocabulary(job: Job) -> int | None:
+    """How many tokens the checkpoint's model knows, if its configuration says so."""
+    config = read_config(job.checkpoint)
+    of_text = config.get("text_config")
+    size = config.get("vocab_size", of_text.get("vocab_size") if isinstance(of_text, dict) else None)
+    return size if isinstance(size, int) and size > 1 else None

@@ -23,7 +23,7 @@ from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.execution import to_make_smaller
 from fisher_mask_mergekit.settings import FisherSettings
 from fisher_mask_mergekit.sidecar import Sidecar, read, write
-from tests import tiny
+from tests import tiny, tiny_tasks
 from tests.families import FAMILIES, build
 
 
@@ -565,3 +565,15 @@ def test_a_label_map_of_numbers_is_the_same_request_again(model: Path, data: Pat
     again = run("compute", recipe)
     assert "measured before" in again.stdout
     assert "replaced" not in again.stderr
+
+
+@pytest.mark.parametrize("head", [0.0, 5.0])
+def test_a_language_models_loss_beyond_guessing_is_warned_of(head: float, data: Path, tmp_path: Path) -> None:
+    """As with another model's tokenizer; a head of zeros guesses."""
+    model = tiny_tasks.model("llama-causal")
+    torch.nn.init.normal_(model.get_parameter("lm_head.weight"), std=head)
+    folder = tiny.save(model, tmp_path / "lm")
+    result = run("compute", folder, "--data", data)
+    told = "nats a token, where guessing evenly among all tokens costs 4.16" in result.stderr
+    assert told == (head > 0)
+    assert "WARNING" not in run("compute", folder, "--data", data, "--samples", "15").stderr
