@@ -26,6 +26,8 @@ from fisher_mask_mergekit.sites import Shapes
 from fisher_mask_mergekit.store import alone
 
 Pooler = Literal["own", "average"]
+# What token, position and distance embeddings are called where they are not called so: GPT-2's, BART's and T5's, CTRL's.
+_EMBEDDINGS = {"wte", "wpe", "shared", "w", "relative_attention_bias"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def stored(checkpoint: Checkpoint) -> Encoder:
 def is_head(name: str) -> bool:
     """Whether a tensor belongs to all that follows the encoder: no numbered layer, and no embedding."""
     parts = name.split(".")
-    return not any(part.isdigit() or "embed" in part for part in parts)
+    return not any(part.isdigit() or "embed" in part or part in _EMBEDDINGS for part in parts)
 
 
 def is_pooler(name: str) -> bool:
