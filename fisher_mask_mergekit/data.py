@@ -1,5 +1,6 @@
 """From a data set's name to samples: loading, and the draw."""
 
+import glob
 import hashlib
 import json
 import re
@@ -220,13 +221,21 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         raise DataError(
             f"data '{spec.path}' is one local table; it has no configurations, splits or revisions"
         )
+    written = one_split or (path / "dataset_dict.json").is_file()
+    if path.is_dir() and not written and glob.has_magic(str(path.resolve())):
+        raise DataError(
+            f"data '{spec.path}': datasets would take {path.resolve()} as a pattern, and read other folders that fit "
+            "it; rename the folder, or name a file in it"
+        )
     if local_file and path.stat().st_size == 0:
         raise DataError(f"data '{spec.path}' has no rows")
     if local_file and LOADERS[path.suffix] == "json":
         _refuse_null_rows(path)
     try:
         if local_file:
-            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+            # A name with brackets, for one, is taken as a pattern, and another file may fit it.
+            name = glob.escape(str(path.absolute()))
+            return datasets.load_dataset(LOADERS[path.suffix], data_files=name, split="train")
         if (path / "dataset_dict.json").is_file():
             return _from_disk(path / spec.split)
         if (path / "state.json").is_file():

@@ -92,6 +92,22 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
     assert draw(f"{tmp_path / 'dict'}::test").record.rows == 1
 
 
+@pytest.mark.parametrize("folder", ["run[1]", "run?", "run*"])
+def test_a_path_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    for name in (folder, "run1"):
+        (tmp_path / name).mkdir()
+        jsonl(tmp_path / name / "d.jsonl", {"text": name, "label": 0})
+    assert draw(tmp_path / folder / "d.jsonl").texts == [(folder,)]
+    with pytest.raises(
+        DataError, match="as a pattern, and read other folders that fit it; rename the folder"
+    ):
+        draw(tmp_path / folder)
+    monkeypatch.chdir(tmp_path / folder)
+    assert draw("d.jsonl").texts == [(folder,)]
+    datasets.Dataset.from_list([{"text": "w5", "label": 0}]).save_to_disk("there")
+    assert draw("there").texts == [("w5",)]
+
+
 def test_the_draw_is_seeded_and_without_replacement(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "d.jsonl", *({"text": f"w{i}", "label": 0} for i in range(50)))
     first = draw(data, samples=30)

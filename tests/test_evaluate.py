@@ -123,6 +123,14 @@ def test_evaluate_is_a_loop_by_hand(classifiers: Path) -> None:
     assert difference["tasks"]["two"]["value"] == pytest.approx(gain)
 
 
+def test_a_merge_can_be_called_like_the_fine_tuned_models_line(classifiers: Path) -> None:
+    (classifiers.parent / "merged" / "average").rename(OWN)
+    found = evaluated(classifiers, OWN, "--metric", "loss")
+    assert found["merges"] == [f"./{OWN}"]
+    scores = found["tasks"][0]["scores"]["loss"]
+    assert scores[OWN]["value"] != scores[f"./{OWN}"]["value"]
+
+
 def test_the_pooler_can_be_the_mean_of_all(classifiers: Path) -> None:
     work = classifiers.parent
     merged = work / "merged" / "average"
