@@ -1,16 +1,20 @@
 """What a checkpoint per task takes from its own model, and what from the merge."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, GPT2Config
+from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedTokenizerFast
 
 from fisher_mask_mergekit.draft import draft_recipe
+from fisher_mask_mergekit.errors import CheckpointError
+from fisher_mask_mergekit.evaluation.plan import Options, plan
 from fisher_mask_mergekit.heads import is_head, write_heads
 from fisher_mask_mergekit.recipe import read_recipe
 from tests import tiny
@@ -45,6 +49,71 @@ def gpt2(folder: Path) -> Path:
     config = GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=40, pad_token_id=0,
                         num_labels=2)  # fmt: skip
     return tiny.save(AutoModelForSequenceClassification.from_config(config), folder)
+
+
+def reordered(folder: Path, merged: Path, order: list[int], extra: Sequence[str] = ()) -> Path:
+    """The same model with its words in another order, and more tokens."""
+    model = AutoModelForSequenceClassification.from_pretrained(merged)
+    words = {index: word for word, index in tiny.tokenizer().get_vocab().items()}
+    vocabulary = {words[old]: new for new, old in enumerate(order)}
+    vocabulary |= {word: len(order) + place for place, word in enumerate(extra)}
+    moved = model.get_input_embeddings().weight[torch.tensor(order)].detach()
+    model.resize_token_embeddings(len(vocabulary), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[: len(order)] = moved
+    model.save_pretrained(folder)
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def test_a_merge_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    one = tiny.checkpoint(tmp_path / "one")
+    two = tiny.sibling(tmp_path / "two", one, seed=1)
+    data = tiny.write_data(tmp_path / "data.jsonl")
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        "merge_method: linear\nmodels:\n"
+        + "".join(
+            f"  - {{model: {folder}, fisher: {{eval: {data}}}, parameters: {{weight: 1}}}}\n"
+            for folder in (one, two)
+        )
+    )
+    same = list(range(tiny.VOCABULARY))
+    cases = {
+        "moved": ((same[:5] + same[:4:-1], ()), "'w5' is token 5 of the model and token 63 of the merge"),
+        "more": ((same, ["new"]), "the merge has 65 tokens, the model 64"),
+        "fewer": ((same[:-1], ()), "'w63' is token 63 of the model and none of the merge"),
+        "renamed": ((same[:-1], ["new"]), "'w63' is token 63 of the model and none of the merge"),
+    }
+    for name, (given, said) in cases.items():
+        merged = reordered(tmp_path / name, one, *given)
+        message = f"{name} has another vocabulary than {one}: {said}. .* with neither tokenizer nor"
+        with pytest.raises(CheckpointError, match=message):
+            write_heads(read_recipe(recipe), str(merged), tmp_path / "tasks")
+        with pytest.raises(CheckpointError, match=message):
+            plan(read_recipe(recipe), [str(merged)], Options())
+        assert not (tmp_path / "tasks").exists()
+    merged = reordered(tmp_path / "same", one, same)
+    write_heads(read_recipe(recipe), str(merged), tmp_path / "tasks")
+    # A word more, where there was room for it, moves none of the others.
+    smaller = reordered(tmp_path / "smaller", one, same[:-1])
+    (smaller / "tokenizer.json").rename(merged / "tokenizer.json")
+    write_heads(read_recipe(recipe), str(merged), tmp_path / "again")
+
+
+def test_a_vocabulary_without_the_whole_tokenizer_s_file(tmp_path: Path) -> None:
+    one = tiny.checkpoint(tmp_path / "one")
+    for file in one.glob("tokenizer*"):
+        file.unlink()
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {one}, parameters: {{weight: 1}}}}]\n")
+    merged = reordered(tmp_path / "moved", one, [*range(5), *range(63, 4, -1)])
+    write_heads(read_recipe(recipe), str(merged), tmp_path / "none")
+    words = tiny.tokenizer().get_vocab()
+    (one / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n")
+    with pytest.raises(CheckpointError, match="'w5' is token 5 of the model and token 63 of the merge"):
+        write_heads(read_recipe(recipe), str(merged), tmp_path / "tasks")
 
 
 def test_gpt2_gets_the_merged_embeddings(tmp_path: Path) -> None:

@@ -781,6 +781,13 @@ def test_a_language_model_by_hand(tmp_path: Path) -> None:
     assert "not with the one that tokenizer_source builds; remove tokenizer_source" in refused(recipe)
 
 
+def test_a_recipe_that_builds_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    recipe, _, _ = pair(tmp_path, "bert-tokens", "token-classification")
+    rewritten(recipe, "eval: ", "data: ")
+    recipe.write_text(recipe.read_text() + "fisher: {samples: 3}\ntokenizer: {source: union}\n")
+    assert "with the models' own tokenizers, not with the one that tokenizer builds" in refused(recipe)
+
+
 def changed(text: str, tmp_path: Path, normalize: str | None = "model") -> Any:
     """A recipe with every counted lambda doubled but the first, and another ``normalize``."""
     path = tmp_path / "some.yml"

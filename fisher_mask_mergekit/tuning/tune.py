@@ -101,6 +101,7 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     if out.exists() and not study_path.exists():
         raise RecipeError(f"{out} exists, and no study beside it; remove it, or choose another OUT")
     own = read_coefficients(recipe)
+    refuse_tokenizer(recipe)
     text = recipe.path.read_text(encoding="utf-8")
     # That the best can be written is not found out last: all lambdas apart, another normalize, another prior.
     apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
@@ -108,7 +109,6 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     written(recipe, text, own.at(apart, another, 1.0), [])
     held = held_back(recipe, samples, options)
     subjects = held.subjects
-    refuse_tokenizer(recipe, subjects)
     study = read_study(study_path, _key(recipe, subjects, samples, options, device))
     if out.exists() and _digest(out.read_bytes()) not in study.written:
         raise RecipeError(f"{out} exists, and is not what this run wrote; remove it, or choose another OUT")
