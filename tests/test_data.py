@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fisher_mask_mergekit import labels
 from fisher_mask_mergekit.batches import Limit, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec
@@ -251,6 +252,12 @@ def test_a_local_table_has_no_splits_or_revisions(tmp_path: Path) -> None:
     for name in (f"{data}::test", f"{data}:config", f"{data}@v1"):
         with pytest.raises(DataError, match="is one local table"):
             draw(name)
+
+
+def test_labels_of_two_kinds_are_kept_in_order() -> None:
+    ids = {f"LABEL_{index}": index for index in range(11)}
+    found = labels.match_labels([10, "2", 0, "1"], None, ids, FisherSettings())
+    assert list(labels.label_map(found, None).items()) == [("0", 0), ("10", 10), ("1", 1), ("2", 2)]
 
 
 def test_labels_match_by_index_where_one_has_no_names(tmp_path: Path) -> None:
