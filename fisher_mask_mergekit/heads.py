@@ -18,6 +18,7 @@ from fisher_mask_mergekit.checkpoint import (
     locate,
     read_config,
     read_tensors,
+    side_files,
     tensor_shapes,
     transformers_errors,
 )
@@ -190,7 +191,9 @@ def average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> 
             raise RecipeError(
                 f"the weight of {model.name} is not one plain number: there is no average to weight by it"
             )
-        weight = 1.0 if model.weight is None else model.weight
+        weight = float(model.counts) if model.weight is None else model.weight
+        if weight == 0:
+            continue
         weights += weight
         names = [name for name in tensor_shapes(checkpoint) if is_pooler(name)]
         if not names:
@@ -213,8 +216,8 @@ def _write(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, Tensor
             try:
                 save_torch_state_dict(state, temporary)
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-                for pattern in TOKENIZER_FILES:
-                    for file in checkpoint.folder.glob(pattern):
+                for file in side_files(checkpoint):
+                    if file.name != "config.json":
                         shutil.copy(file, temporary / file.name)
                 temporary.chmod(0o755)
                 temporary.rename(folder)

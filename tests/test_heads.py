@@ -12,10 +12,11 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedTokenizerFast
 
+from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.draft import draft_recipe
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.evaluation.plan import Options, plan
-from fisher_mask_mergekit.heads import is_head, write_heads
+from fisher_mask_mergekit.heads import average_pooler, is_head, write_heads
 from fisher_mask_mergekit.recipe import read_recipe
 from tests import tiny
 from tests.families import FAMILIES, Family
@@ -67,6 +68,16 @@ def reordered(folder: Path, merged: Path, order: list[int], extra: Sequence[str]
     return folder
 
 
+def test_a_model_s_own_code_comes_along(tmp_path: Path) -> None:
+    one = tiny.checkpoint(tmp_path / "one")
+    for name in ("modeling_own.py", "generation_config.json"):
+        (one / name).write_text("{}")
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: linear\nmodels: [{{model: {one}}}]\n")
+    (folder,) = write_heads(read_recipe(recipe), str(one), tmp_path / "tasks")
+    assert {file.name for file in folder.iterdir()} == {file.name for file in one.iterdir()}
+
+
 def test_a_merge_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     one = tiny.checkpoint(tmp_path / "one")
     two = tiny.sibling(tmp_path / "two", one, seed=1)
@@ -114,6 +125,27 @@ def test_a_vocabulary_without_the_whole_tokenizer_s_file(tmp_path: Path) -> None
     (one / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n")
     with pytest.raises(CheckpointError, match="'w5' is token 5 of the model and token 63 of the merge"):
         write_heads(read_recipe(recipe), str(merged), tmp_path / "tasks")
+
+
+def test_a_pooler_counts_as_the_merge_has_its_model(tmp_path: Path) -> None:
+    one = tiny.checkpoint(tmp_path / "one")
+    folders = [one, *(tiny.sibling(tmp_path / name, one, seed) for seed, name in enumerate(("two", "three")))]
+    recipe = tmp_path / "recipe.yml"
+    name = "bert.pooler.dense.weight"
+    poolers = [load_file(folder / "model.safetensors")[name] for folder in folders]
+
+    def averaged(weights: Sequence[str]) -> torch.Tensor:
+        listed = "".join(
+            f"  - {{model: {folder}, fisher: {{data: d}}{f', parameters: {{weight: {weight}}}' if weight else ''}}}\n"
+            for folder, weight in zip(folders, weights, strict=True)
+        )
+        recipe.write_text(f"merge_method: fisher_mask\nbase_model: {one}\nmodels:\n{listed}")
+        models = read_recipe(recipe).models
+        return average_pooler(models, [locate(model.name) for model in models])[name]
+
+    # A base model without a weight does not count, and what YAML 1.1 has as text is a number.
+    assert_close(averaged(["", "", ""]), (poolers[1] + poolers[2]).double() / 2)
+    assert_close(averaged(["", "1e-1", "0.3"]), (0.1 * poolers[1] + 0.3 * poolers[2]).double() / 0.4)
 
 
 def test_gpt2_gets_the_merged_embeddings(tmp_path: Path) -> None:

@@ -781,6 +781,15 @@ def test_a_language_model_by_hand(tmp_path: Path) -> None:
     assert "not with the one that tokenizer_source builds; remove tokenizer_source" in refused(recipe)
 
 
+def test_what_counts_is_read_place_by_place(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        "merge_method: fisher_mask\nbase_model: a\nparameters: {prior: 1, normalize: tensor}\nslices:\n"
+        "  - base_model: p\n    sources: [{model: a}, {model: b, parameters: {weight: 2e-1}}, {model: p}]\n"
+    )
+    assert read_coefficients(read_recipe(path)).weights == {"a": 1.0, "b": 0.2}
+
+
 def test_a_recipe_that_builds_a_tokenizer_is_refused(tmp_path: Path) -> None:
     recipe, _, _ = pair(tmp_path, "bert-tokens", "token-classification")
     rewritten(recipe, "eval: ", "data: ")
