@@ -781,6 +781,15 @@ def test_a_language_model_by_hand(tmp_path: Path) -> None:
     assert "not with the one that tokenizer_source builds; remove tokenizer_source" in refused(recipe)
 
 
+def test_the_merges_it_says_to_compare_have_names_of_their_own(drafted: Path) -> None:
+    (drafted.parent / "best").mkdir()
+    out = drafted.parent / "best" / drafted.name
+    shown = run("tune", drafted, out, "--trials", "1").stdout
+    assert f"mergekit-yaml {drafted} merged-recipe\n" in shown
+    assert f"mergekit-yaml {out} merged-recipe-tuned\n" in shown
+    assert f"mergekit-fisher evaluate {drafted} merged-recipe merged-recipe-tuned" in shown
+
+
 def test_what_counts_is_read_place_by_place(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yml"
     path.write_text(
