@@ -73,6 +73,15 @@ def test_a_path_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
     assert draw(odd).texts == [("x",)]
 
 
+def test_a_folder_with_a_sign_in_its_name_has_splits(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"text": "w5", "label": 0}])
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "set@v1")
+    for text, name in ((f"{tmp_path}/set@v1::test", "test"), (f"{tmp_path}/set@v1", "train")):
+        assert parse_spec(text) == DataSpec(f"{tmp_path}/set@v1", None, name, None)
+        assert draw(text).texts == [("w5",)]
+    assert parse_spec(f"{tmp_path}/none@v1::test").path == f"{tmp_path}/none"
+
+
 def test_too_many_parts() -> None:
     with pytest.raises(DataError, match=r"'a:b:c:d' is not of the form path\[:config"):
         parse_spec("a:b:c:d")
@@ -252,6 +261,17 @@ def test_a_local_table_has_no_splits_or_revisions(tmp_path: Path) -> None:
     for name in (f"{data}::test", f"{data}:config", f"{data}@v1"):
         with pytest.raises(DataError, match="is one local table"):
             draw(name)
+
+
+def test_nulls_in_a_list_of_rows_are_no_rows(tmp_path: Path) -> None:
+    rows: list[Any] = [{"tokens": ["w5", "w6"], "tags": [0, 1], "more": ["x", None]}] * 3
+    data = tmp_path / "d.json"
+    for indent in (None, 1):
+        data.write_text(json.dumps(rows, indent=indent))
+        assert len(draw_for(TokenClassification(label2id=TAGS), data).texts) == 3
+        data.write_text(json.dumps([*rows[:2], None], indent=indent))
+        with pytest.raises(DataError, match=r"d.json', row 3: expected a JSON object, got null"):
+            draw_for(TokenClassification(label2id=TAGS), data)
 
 
 def test_labels_of_two_kinds_are_kept_in_order() -> None:
