@@ -15,9 +15,9 @@ import torch
 from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.evaluation.plan import Options, Subject
-from fisher_mask_mergekit.evaluation.run import checkpoint_parts, file_digest
+from fisher_mask_mergekit.evaluation.run import checkpoint_parts
 from fisher_mask_mergekit.recipe import Recipe
-from fisher_mask_mergekit.store import alone, check_writable, write_whole
+from fisher_mask_mergekit.store import alone, check_writable, file_digest, write_whole
 from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
 from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
