@@ -1,5 +1,6 @@
 """From a data set's name to samples: loading, and the draw."""
 
+import glob
 import hashlib
 import json
 import re
@@ -82,7 +83,12 @@ def parse_spec(text: str, split: str = "train") -> DataSpec:
     """
     if text == RANDOM or Path(text).exists():
         return DataSpec(text, None, split, None)
-    body, _, revision = text.partition("@")
+    here = text.partition(":")[0]
+    if "@" in here and Path(here).exists():
+        # A folder here has no revisions: the sign is a part of its name.
+        body, revision = text, ""
+    else:
+        body, _, revision = text.partition("@")
     parts = body.split(":")
     if len(parts) > 3 or not parts[0]:
         raise DataError(f"data '{text}' is not of the form path[:config[:split]][@revision]")
@@ -220,13 +226,21 @@ def _load(spec: DataSpec) -> datasets.Dataset:
         raise DataError(
             f"data '{spec.path}' is one local table; it has no configurations, splits or revisions"
         )
+    written = one_split or (path / "dataset_dict.json").is_file()
+    if path.is_dir() and not written and glob.has_magic(str(path.resolve())):
+        raise DataError(
+            f"data '{spec.path}': datasets would take {path.resolve()} as a pattern, and read other folders that fit "
+            "it; rename the folder, or name a file in it"
+        )
     if local_file and path.stat().st_size == 0:
         raise DataError(f"data '{spec.path}' has no rows")
     if local_file and LOADERS[path.suffix] == "json":
         _refuse_null_rows(path)
     try:
         if local_file:
-            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+            # A name with brackets, for one, is taken as a pattern, and another file may fit it.
+            name = glob.escape(str(path.absolute()))
+            return datasets.load_dataset(LOADERS[path.suffix], data_files=name, split="train")
         if (path / "dataset_dict.json").is_file():
             return _from_disk(path / spec.split)
         if (path / "state.json").is_file():
@@ -242,10 +256,28 @@ def _load(spec: DataSpec) -> datasets.Dataset:
 
 
 def _refuse_null_rows(path: Path) -> None:
+    rows = _list_of_rows(path)
+    if rows is not None:
+        if None in rows:
+            number = rows.index(None) + 1
+            raise DataError(f"data '{path}', row {number}: expected a JSON object, got null")
+        return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if _NULL_ROW.match(line):
                 raise DataError(f"data '{path}', line {number}: expected a JSON object, got null")
+
+
+def _list_of_rows(path: Path) -> list[Any] | None:
+    """A file's rows, if all of it is one list; None if it has an object per line."""
+    with path.open("rb") as file:
+        if not file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return None
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # datasets says better what is wrong.
+        return None
+    return rows if isinstance(rows, list) else None
 
 
 def _from_disk(folder: Path) -> datasets.Dataset:

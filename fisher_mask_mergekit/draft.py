@@ -16,6 +16,7 @@ from fisher_mask_mergekit.checkpoint import (
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.heads import describe_head, is_head
 from fisher_mask_mergekit.recipe import METHOD
+from fisher_mask_mergekit.settings import RANDOM
 from fisher_mask_mergekit.sites import Shapes, layer_of
 
 
@@ -105,6 +106,8 @@ def _measurement(checkpoint: Checkpoint, data: str | None) -> str:
         return ""
     if data is None:
         return "fisher: {data: DATASET}  # fill in: what this checkpoint was fine-tuned on"
+    if data == RANDOM:  # Random tokens have no labels of their own.
+        return f"fisher: {{data: {RANDOM}, labels: sampled}}"
     local = str(Path(data).resolve()) if Path(data).exists() else data
     return f"fisher: {{data: {json.dumps(local)}}}"
 

@@ -18,7 +18,9 @@ from fisher_mask_mergekit.checkpoint import (
     locate,
     read_config,
     read_tensors,
+    side_files,
     tensor_shapes,
+    transformers_errors,
 )
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
@@ -26,6 +28,8 @@ from fisher_mask_mergekit.sites import Shapes
 from fisher_mask_mergekit.store import alone
 
 Pooler = Literal["own", "average"]
+# What token, position and distance embeddings are called where they are not called so: GPT-2's, BART's and T5's, CTRL's.
+_EMBEDDINGS = {"wte", "wpe", "shared", "w", "relative_attention_bias"}
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,25 @@ class Encoder:
         name: What messages call it.
         shapes: The tensors'.
         read: The tensors of given names, with their names.
+        folder: Where it was written; None if it is in memory.
     """
 
     name: str
     shapes: Shapes
     read: Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
+    folder: Checkpoint | None = None
 
 
 def stored(checkpoint: Checkpoint) -> Encoder:
     """A merge that was written to a folder."""
-    return Encoder(checkpoint.name, tensor_shapes(checkpoint), partial(read_tensors, checkpoint))
+    shapes = tensor_shapes(checkpoint)
+    return Encoder(checkpoint.name, shapes, partial(read_tensors, checkpoint), checkpoint)
 
 
 def is_head(name: str) -> bool:
     """Whether a tensor belongs to all that follows the encoder: no numbered layer, and no embedding."""
     parts = name.split(".")
-    return not any(part.isdigit() or "embed" in part for part in parts)
+    return not any(part.isdigit() or "embed" in part or part in _EMBEDDINGS for part in parts)
 
 
 def is_pooler(name: str) -> bool:
@@ -110,14 +117,64 @@ def check_encoder(checkpoint: Checkpoint, encoder: Encoder) -> None:
         encoder: The merge.
 
     Raises:
-        CheckpointError: If it lacks a tensor of the encoder, or has another shape for it.
+        CheckpointError: If it lacks a tensor of the encoder, or has another shape for it, or its tokens have other
+            ids than the checkpoint's, whose tokenizer it is to be run with.
     """
-    for name, shape in tensor_shapes(checkpoint).items():
-        if not is_head(name) and encoder.shapes.get(name) != shape:
-            got = encoder.shapes.get(name, "no such tensor")
-            raise CheckpointError(
-                f"{encoder.name} is not a merge of {checkpoint.name}: {name}: expected {shape}, got {got}"
+    unlike = [
+        (name, shape)
+        for name, shape in tensor_shapes(checkpoint).items()
+        if not is_head(name) and encoder.shapes.get(name) != shape
+    ]
+    if encoder.folder is not None:
+        _check_vocabulary(checkpoint, encoder.folder, resized=bool(unlike))
+    for name, shape in unlike:
+        got = encoder.shapes.get(name, "no such tensor")
+        raise CheckpointError(
+            f"{encoder.name} is not a merge of {checkpoint.name}: {name}: expected {shape}, got {got}"
+        )
+
+
+def _check_vocabulary(own: Checkpoint, merge: Checkpoint, *, resized: bool) -> None:
+    """Refuse other tokens than a checkpoint's own: in its place another, or, where tensors differ in size, one more or less."""
+    ours, theirs = (_vocabulary(one) for one in (own, merge))
+    if ours is None or theirs is None:
+        return
+    by_id = {index: token for token, index in theirs.items()}
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        there = theirs.get(token)
+        if there != index and (resized or there is not None or index in by_id):
+            said = f"'{token}' is token {index} of the model and " + (
+                "none of the merge" if there is None else f"token {there} of the merge"
             )
+            break
+    else:
+        if not resized or len(theirs) == len(ours):
+            return
+        said = f"the merge has {len(theirs)} tokens, the model {len(ours)}"
+    raise CheckpointError(
+        f"{merge.name} has another vocabulary than {own.name}: {said}. The model's own tokenizer does not fit the merge's "
+        "embeddings: merge models of one vocabulary, with neither tokenizer nor tokenizer_source in the recipe"
+    )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Every token's id; None if there is no tokenizer, or only one that code of its own makes."""
+    if not any(file for pattern in TOKENIZER_FILES for file in checkpoint.folder.glob(pattern)):
+        return None
+    whole = checkpoint.folder / "tokenizer.json"
+    with transformers_errors(checkpoint):
+        if whole.is_file():
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(whole)).get_vocab()
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                return None
+            raise
 
 
 def average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> dict[str, Tensor]:
@@ -134,7 +191,9 @@ def average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> 
             raise RecipeError(
                 f"the weight of {model.name} is not one plain number: there is no average to weight by it"
             )
-        weight = 1.0 if model.weight is None else model.weight
+        weight = float(model.counts) if model.weight is None else model.weight
+        if weight == 0:
+            continue
         weights += weight
         names = [name for name in tensor_shapes(checkpoint) if is_pooler(name)]
         if not names:
@@ -157,8 +216,8 @@ def _write(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, Tensor
             try:
                 save_torch_state_dict(state, temporary)
                 (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-                for pattern in TOKENIZER_FILES:
-                    for file in checkpoint.folder.glob(pattern):
+                for file in side_files(checkpoint):
+                    if file.name != "config.json":
                         shutil.copy(file, temporary / file.name)
                 temporary.chmod(0o755)
                 temporary.rename(folder)

@@ -93,7 +93,8 @@ def _keys(value: Any, feature: Any) -> tuple[Any, ...]:
 
 def label_map(mapping: Mapping[Any, int], feature: Any) -> dict[str, int]:
     """What :func:`match_labels` found, by the data's label names, as the sidecar keeps it."""
-    return {str(label_name(feature, value)): mapping[value] for value in sorted(mapping)}
+    ordered = sorted(mapping, key=lambda value: (isinstance(value, str), value))
+    return {str(label_name(feature, value)): mapping[value] for value in ordered}
 
 
 def match_name(name: str, label2id: Mapping[str, int]) -> int | None:

@@ -27,10 +27,12 @@ class RecipeModel:
 
     Attributes:
         name: As the recipe writes it.
-        settings: What to measure; None if the recipe names no data for it.
+        settings: What to measure; None if the recipe names no data for it. Data that is named for all models is not
+            for one that does not count: it is the parent of the others.
         kind: Of Fisher information.
         weight: Its ``weight`` parameter; None if it has none; ``varies`` if it is not one plain number, but a
             filter, a gradient, or different in different slices.
+        counts: Whether it has part in the merge anywhere: with a weight, or where it is not the base model.
         sidecar: Its ``sidecar`` parameter.
         is_base: Whether it is the recipe's ``base_model``, or that of one of its slices.
         request: The same settings, also where they name no data.
@@ -41,6 +43,7 @@ class RecipeModel:
     settings: FisherSettings | None
     kind: Kind
     weight: float | Literal["varies"] | None
+    counts: bool
     sidecar: str | None
     is_base: bool
     request: FisherSettings
@@ -49,7 +52,7 @@ class RecipeModel:
     @property
     def is_merged(self) -> bool:
         """Whether its task is one that the merge is to do: not that of a base which only surrounds it."""
-        return not (self.is_base and self.weight is None) or self.settings is not None
+        return self.counts or self.settings is not None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     base = document.get("base_model")
     if isinstance(base, str):
         found.setdefault(
-            _checked(base, path), [{"parameters": _mapping(document.get("parameters"), "parameters", path)}]
+            _checked(base, path),
+            [{"parameters": _mapping(document.get("parameters"), "parameters", path), "is_base": True}],
         )
     if not found:
         raise RecipeError(f"{path} names no models")
@@ -159,15 +163,8 @@ def _model(
     settings, evaluation = _settings(
         {**defaults, **(given[0] if given else {}), **overrides}, f"{path}: fisher of {name}"
     )
-    counted = [e for e in entries if not is_empty(e)] or entries
-    weights = [w for e in counted if (w := e["parameters"].get("weight")) is not None]
-    try:
-        plain = [float(weight) for weight in weights if isinstance(weight, int | float)]
-    except OverflowError as error:
-        raise RecipeError(f"{path}: the weight of {name} is larger than a number can be") from error
-    weight: float | Literal["varies"] | None = plain[0] if plain else None
-    if len(plain) < len(weights) or len(set(plain)) > 1:
-        weight = "varies"
+    weight, counts = _weight(name, [e for e in entries if not is_empty(e)] or entries, path)
+    takes_data = counts or bool(given and given[0].get("data"))
     sidecars = {
         e["parameters"]["sidecar"] for e in entries if isinstance(e["parameters"].get("sidecar"), str)
     }
@@ -175,14 +172,41 @@ def _model(
         raise RecipeError(f"{path}: {name} appears with different sidecars: {', '.join(sorted(sidecars))}")
     return RecipeModel(
         name=name,
-        settings=settings if settings.data else None,
+        settings=settings if settings.data and takes_data else None,
         kind=settings.kind,
         weight=weight,
+        counts=counts,
         sidecar=next(iter(sidecars), None) or None,
         is_base=is_base,
         request=settings,
         evaluation=evaluation,
     )
+
+
+def _weight(
+    name: str, entries: list[dict[str, Any]], path: Path
+) -> tuple[float | Literal["varies"] | None, bool]:
+    """A model's ``weight``, and whether it counts, from the places where it has layers."""
+    given = [entry["parameters"].get("weight") for entry in entries]
+    # What each amounts to: as the merge has it, that is none of a base model, else 1.
+    amounts = {
+        (None if entry["is_base"] else 1.0) if weight is None else _number(weight, name, path)
+        for weight, entry in zip(given, entries, strict=True)
+    }
+    weight: float | Literal["varies"] | None = "varies"
+    if len(amounts) == 1 and "varies" not in amounts:
+        weight = None if all(one is None for one in given) else amounts.pop()
+    return weight, amounts != {None}
+
+
+def _number(weight: Any, name: str, path: Path) -> float | Literal["varies"]:
+    """A weight that is one plain number, also as text, as YAML has one without a point and with an exponent."""
+    try:
+        return float(weight) if isinstance(weight, int | float | str) else "varies"
+    except ValueError:
+        return "varies"
+    except OverflowError as error:
+        raise RecipeError(f"{path}: the weight of {name} is larger than a number can be") from error
 
 
 def is_empty(entry: Mapping[str, Any]) -> bool:
@@ -209,12 +233,13 @@ def places(document: dict[str, Any], path: Path) -> Iterator[tuple[dict[str, Any
 
 
 def _entries(document: dict[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-    """The entries, each with the parameters that hold there."""
+    """The entries, each with the parameters that hold there, and whether it is the base model there."""
     for levels in places(document, path):
         parameters: dict[str, Any] = {}
         for level in levels:
             parameters |= _mapping(level.get("parameters"), "parameters", path)
-        yield levels[-1] | {"parameters": parameters}
+        base = levels[-2].get("base_model") or document.get("base_model")
+        yield levels[-1] | {"parameters": parameters, "is_base": levels[-1].get("model") == base}
 
 
 def _model_name(entry: Mapping[str, Any], path: Path) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from fisher_mask_mergekit.checkpoint import model_files
 from fisher_mask_mergekit.encoding import EncodedSamples
 from fisher_mask_mergekit.execution import Execution
 from fisher_mask_mergekit.job import Inputs, Job
+from fisher_mask_mergekit.store import file_digest
 
 _LIBRARIES = ("fisher-mask-mergekit", "torch", "transformers", "tokenizers", "datasets", "numpy")
 DECISIVE = _LIBRARIES[:4]
@@ -45,7 +45,7 @@ def request_of(job: Job, inputs: Inputs, device: torch.device, execution: Execut
     installed = versions()
     files = sorted(model_files(job.checkpoint))
     return {
-        **{f"the checkpoint's {file.name}": _digest_of_file(file) for file in files},
+        **{f"the checkpoint's {file.name}": file_digest(file) for file in files},
         **job.settings.definition(),
         "batch_size": job.settings.rows,
         "batch_tokens": execution.batch_tokens,
@@ -56,11 +56,6 @@ def request_of(job: Job, inputs: Inputs, device: torch.device, execution: Execut
         "trust_remote_code": job.trust_remote_code,
         **{library: installed[library] for library in DECISIVE},
     }
-
-
-def _digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of_tokens(encoded: EncodedSamples) -> str:

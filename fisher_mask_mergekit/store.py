@@ -1,4 +1,4 @@
-"""Where sidecars live: where the recipe says, beside the checkpoint, or in the cache; and how files are written."""
+"""Where sidecars live: where the recipe says, beside the checkpoint, or in the cache; and how files are written and told apart."""
 
 import ctypes
 import errno
@@ -321,6 +321,12 @@ def write_result(path: Path, content: bytes) -> None:
         write_whole(path, content)
     except OSError as error:
         raise RecipeError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def umask() -> int:

@@ -329,6 +329,19 @@ def test_weights_that_cannot_be_or_do_nothing(pair: tuple[Path, Path], tmp_path:
     assert f"nothing is merged: every tensor is that of {pair[1]} alone" in second.detail
 
 
+def test_the_recipe_s_base_counts_in_a_slice_that_has_another(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    parent = tiny.sibling(tmp_path / "parent", pair[0], seed=2)
+    sources = [{"model": str(folder), "layer_range": [0, 2]} for folder in (*pair, parent)]
+    body = {"sources": sources, "base_model": str(parent)}
+    head = {"sources": [{"model": str(pair[0]), "layer_range": [2, 2]}]}
+    given = {"models": None, "slices": [body, head], "parameters": {"prior": 1, "normalize": "tensor"}}
+    assert findings(tmp_path, pair, **given) == []
+    of_all = findings(tmp_path, pair, **given, fisher={"data": "nowhere.jsonl"})
+    assert not [one for one in of_all if one.what == "weight" or str(parent) in one.detail]
+
+
 def test_layers_left_out_on_purpose_are_no_loss(pair: tuple[Path, Path], tmp_path: Path) -> None:
     sources = [
         {"model": str(folder), "layer_range": [1, 2], "parameters": {"weight": 1.0}} for folder in pair

@@ -302,6 +302,16 @@ def test_a_model_without_data_needs_a_sidecar(tmp_path: Path, model: Path, data:
     assert "has no sidecar and no data to measure it on" in run("compute", recipe, code=1).stderr
     run("compute", model, "--data", data)
     assert f"no data in the recipe; its sidecar is {model / store.BESIDE}" in run("compute", recipe).stderr
+    other = tiny.sibling(tmp_path / "other", model, seed=1)
+    recipe.write_text(
+        f"merge_method: fisher_mask\nmodels:\n  - {{model: {other}, fisher: {{data: {data}}}}}\n"
+        f"  - {{model: {model}, parameters: {{sidecar: nowhere/x.safetensors}}}}\n"
+    )
+    said = run("compute", recipe, code=1).stderr
+    assert (
+        f"{model} has no data to measure it on, and its sidecar nowhere/x.safetensors does not exist" in said
+    )
+    assert not (other / store.BESIDE).exists()
 
 
 def test_a_read_only_checkpoint_is_served_from_the_cache(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fisher_mask_mergekit import labels
 from fisher_mask_mergekit.batches import Limit, lacks_for_padding, padded_batches
 from fisher_mask_mergekit.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from fisher_mask_mergekit.data import DataSpec, Samples, load_samples, parse_spec
@@ -72,6 +73,15 @@ def test_a_path_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
     assert draw(odd).texts == [("x",)]
 
 
+def test_a_folder_with_a_sign_in_its_name_has_splits(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"text": "w5", "label": 0}])
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "set@v1")
+    for text, name in ((f"{tmp_path}/set@v1::test", "test"), (f"{tmp_path}/set@v1", "train")):
+        assert parse_spec(text) == DataSpec(f"{tmp_path}/set@v1", None, name, None)
+        assert draw(text).texts == [("w5",)]
+    assert parse_spec(f"{tmp_path}/none@v1::test").path == f"{tmp_path}/none"
+
+
 def test_too_many_parts() -> None:
     with pytest.raises(DataError, match=r"'a:b:c:d' is not of the form path\[:config"):
         parse_spec("a:b:c:d")
@@ -90,6 +100,22 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
     assert all(one.texts == drawn[0].texts and one.labels == drawn[0].labels for one in drawn)
     assert all(one.record.digest == drawn[0].record.digest for one in drawn)
     assert draw(f"{tmp_path / 'dict'}::test").record.rows == 1
+
+
+@pytest.mark.parametrize("folder", ["run[1]", "run?", "run*"])
+def test_a_path_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    for name in (folder, "run1"):
+        (tmp_path / name).mkdir()
+        jsonl(tmp_path / name / "d.jsonl", {"text": name, "label": 0})
+    assert draw(tmp_path / folder / "d.jsonl").texts == [(folder,)]
+    with pytest.raises(
+        DataError, match="as a pattern, and read other folders that fit it; rename the folder"
+    ):
+        draw(tmp_path / folder)
+    monkeypatch.chdir(tmp_path / folder)
+    assert draw("d.jsonl").texts == [(folder,)]
+    datasets.Dataset.from_list([{"text": "w5", "label": 0}]).save_to_disk("there")
+    assert draw("there").texts == [("w5",)]
 
 
 def test_the_draw_is_seeded_and_without_replacement(tmp_path: Path) -> None:
@@ -235,6 +261,23 @@ def test_a_local_table_has_no_splits_or_revisions(tmp_path: Path) -> None:
     for name in (f"{data}::test", f"{data}:config", f"{data}@v1"):
         with pytest.raises(DataError, match="is one local table"):
             draw(name)
+
+
+def test_nulls_in_a_list_of_rows_are_no_rows(tmp_path: Path) -> None:
+    rows: list[Any] = [{"tokens": ["w5", "w6"], "tags": [0, 1], "more": ["x", None]}] * 3
+    data = tmp_path / "d.json"
+    for indent in (None, 1):
+        data.write_text(json.dumps(rows, indent=indent))
+        assert len(draw_for(TokenClassification(label2id=TAGS), data).texts) == 3
+        data.write_text(json.dumps([*rows[:2], None], indent=indent))
+        with pytest.raises(DataError, match=r"d.json', row 3: expected a JSON object, got null"):
+            draw_for(TokenClassification(label2id=TAGS), data)
+
+
+def test_labels_of_two_kinds_are_kept_in_order() -> None:
+    ids = {f"LABEL_{index}": index for index in range(11)}
+    found = labels.match_labels([10, "2", 0, "1"], None, ids, FisherSettings())
+    assert list(labels.label_map(found, None).items()) == [("0", 0), ("10", 10), ("1", 1), ("2", 2)]
 
 
 def test_labels_match_by_index_where_one_has_no_names(tmp_path: Path) -> None:

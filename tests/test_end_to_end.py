@@ -278,6 +278,14 @@ def test_equal_heads_give_a_plain_list_of_models(tmp_path: Path) -> None:
     assert "slices" not in drafted
 
 
+def test_a_recipe_with_random_texts_can_be_measured(tmp_path: Path) -> None:
+    one = tiny.checkpoint(tmp_path / "one")
+    two = tiny.sibling(tmp_path / "two", one, seed=1)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(quickly("mergekit-fisher", "init", one, two, "--data", "random", "--data", "random"))
+    quickly("mergekit-fisher", "compute", recipe)
+
+
 def test_init_refuses_checkpoints_that_differ_in_more_than_heads(tmp_path: Path) -> None:
     one = tiny.checkpoint(tmp_path / "one")
     wider = tiny.checkpoint(tmp_path / "wider", intermediate_size=64)

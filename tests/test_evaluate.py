@@ -22,6 +22,7 @@ from transformers import (
 from fisher_mask_mergekit.cli.output import progress
 from fisher_mask_mergekit.evaluation import run as running
 from fisher_mask_mergekit.evaluation.plan import Merge, Options, plan_merges, subjects
+from fisher_mask_mergekit.evaluation.predictions import Predictions, load_predictions, save_predictions
 from fisher_mask_mergekit.evaluation.scores import OWN
 from fisher_mask_mergekit.in_memory import merge_in_memory
 from fisher_mask_mergekit.recipe import read_recipe
@@ -121,6 +122,14 @@ def test_evaluate_is_a_loop_by_hand(classifiers: Path) -> None:
     assert (difference["merge"], difference["minus"]) == ("fisher", "average")
     gain = value(found, 0, "accuracy", "fisher") - value(found, 0, "accuracy", "average")
     assert difference["tasks"]["two"]["value"] == pytest.approx(gain)
+
+
+def test_a_merge_can_be_called_like_the_fine_tuned_models_line(classifiers: Path) -> None:
+    (classifiers.parent / "merged" / "average").rename(OWN)
+    found = evaluated(classifiers, OWN, "--metric", "loss")
+    assert found["merges"] == [f"./{OWN}"]
+    scores = found["tasks"][0]["scores"]["loss"]
+    assert scores[OWN]["value"] != scores[f"./{OWN}"]["value"]
 
 
 def test_the_pooler_can_be_the_mean_of_all(classifiers: Path) -> None:
@@ -471,6 +480,16 @@ def test_what_was_cut_is_said_every_time(tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text() + "fisher: {max_length: 3}\n")
     for _ in range(2):
         assert "of 8 samples were too long and were truncated" in run("evaluate", recipe, merged).stderr
+
+
+def test_damaged_predictions_are_as_good_as_none(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "some.npz", numpy.arange(40)
+    save_predictions(Predictions(40, numbers, numbers % 3, numbers % 2, numbers / 7), path)
+    whole, damaged = path.read_bytes(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        damaged += load_predictions(path) is None
+    assert damaged > len(whole) / 2
 
 
 def test_a_cache_that_cannot_be_written_is_said(classifiers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

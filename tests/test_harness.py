@@ -100,6 +100,17 @@ def test_harness_tasks_are_scored_like_ours(tmp_path: Path, harness: Harness) ->
     assert len(harness.calls) == 9
 
 
+def test_a_merge_can_be_called_like_the_fine_tuned_models_line(
+    tmp_path: Path, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, merged, _ = pair(tmp_path, "llama-causal", "text")
+    monkeypatch.chdir(tmp_path)
+    merged.rename(OWN)
+    run("evaluate", recipe, OWN, "--lm-eval", "quiz", "--json", "out.json")
+    scores = json.loads(Path("out.json").read_text())["tasks"][0]["scores"]["acc"]
+    assert (scores[OWN]["value"], scores[f"./{OWN}"]["value"]) == pytest.approx((4 / 6, 3 / 6))
+
+
 def test_what_the_harness_cannot_do_is_one_error(tmp_path: Path, harness: Harness) -> None:
     recipe, merged, _ = pair(tmp_path, "llama-causal", "text")
     assert "cannot run unknown on" in refused(recipe, merged, "--lm-eval", "unknown")

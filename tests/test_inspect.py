@@ -265,6 +265,16 @@ def test_a_full_size_sidecar_by_its_own_folder_and_by_its_checkpoints(tmp_path: 
         assert not page.exists()
 
 
+def test_without_a_sidecar_to_draw_nothing_is_written(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in pair:
+        (folder / store.BESIDE).unlink()
+    recipe = recipe_for(tmp_path, pair, parameters={"missing": "average"})
+    page, picture = tmp_path / "x.html", tmp_path / "y.png"
+    said = inspect(recipe, "--html", page, "--png", picture, code=1)
+    assert "there is no sidecar to draw" in said
+    assert not page.exists()
+
+
 def test_what_cannot_be_inspected_is_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, pair, merge_method="linear")
     assert "merge_method is linear, which uses no sidecars" in inspect(recipe, code=1)

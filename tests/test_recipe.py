@@ -78,6 +78,47 @@ def test_a_weight_that_is_not_one_number_is_said_to_vary(tmp_path: Path) -> None
     assert parse(tmp_path, unequal).models[0].weight == "varies"
 
 
+def test_a_weight_may_be_text(tmp_path: Path) -> None:
+    """YAML 1.1 has a number with an exponent and without a point as text, and the merge takes it."""
+    for weight, wanted in (("1e-1", 0.1), ("'2'", 2.0), ("much", "varies")):
+        assert parse(tmp_path, MODELS.replace("weight: 0.5", f"weight: {weight}")).models[1].weight == wanted
+
+
+PARENT = """
+merge_method: fisher_mask
+base_model: a
+fisher: {data: d}
+parameters: {prior: 1}
+slices:
+  - base_model: p
+    sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}, {model: p, layer_range: [0, 2]}]
+  - sources: [{model: a, layer_range: [2, 2]}]
+"""
+
+
+def test_a_model_counts_unless_it_is_the_base_wherever_it_has_layers(tmp_path: Path) -> None:
+    def counted(text: str) -> dict[str, bool]:
+        return {model.name: model.counts for model in parse(tmp_path, text).models}
+
+    assert counted(PARENT) == {"a": True, "b": True, "p": False}
+    assert counted(PARENT.replace("base_model: a", "base_model: p")) == {"a": True, "b": True, "p": False}
+    assert counted(PARENT.replace("  - base_model: p\n    s", "  - s")) == {"a": False, "b": True, "p": True}
+    assert counted(MODELS + "base_model: org/a") == {"org/a": False, "org/b@v1": True}
+    assert counted(MODELS + "base_model: org/p")["org/p"] is False
+    # Nothing in one slice, and 1 in the other.
+    model = parse(tmp_path, PARENT.replace("[2, 2]", "[1, 2]")).models[0]
+    assert (model.counts, model.weight) == (True, "varies")
+
+
+def test_data_for_all_models_is_not_for_their_parent(tmp_path: Path) -> None:
+    def merged(text: str) -> dict[str, tuple[bool, bool]]:
+        return {m.name: (m.settings is not None, m.is_merged) for m in parse(tmp_path, text).models}
+
+    assert merged(PARENT) == {"a": (True, True), "b": (True, True), "p": (False, False)}
+    own = PARENT.replace("{model: p, ", "{model: p, fisher: {data: e}, ")
+    assert merged(own)["p"] == (True, True)
+
+
 def test_parameters_of_a_slice_and_of_a_model_beat_those_above(tmp_path: Path) -> None:
     text = SLICES + "parameters: {weight: 5.0}\n"
     assert [model.weight for model in parse(tmp_path, text.replace(", [2, 2]", "")).models][1] == 5.0

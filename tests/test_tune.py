@@ -781,6 +781,31 @@ def test_a_language_model_by_hand(tmp_path: Path) -> None:
     assert "not with the one that tokenizer_source builds; remove tokenizer_source" in refused(recipe)
 
 
+def test_the_merges_it_says_to_compare_have_names_of_their_own(drafted: Path) -> None:
+    (drafted.parent / "best").mkdir()
+    out = drafted.parent / "best" / drafted.name
+    shown = run("tune", drafted, out, "--trials", "1").stdout
+    assert f"mergekit-yaml {drafted} merged-recipe\n" in shown
+    assert f"mergekit-yaml {out} merged-recipe-tuned\n" in shown
+    assert f"mergekit-fisher evaluate {drafted} merged-recipe merged-recipe-tuned" in shown
+
+
+def test_what_counts_is_read_place_by_place(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        "merge_method: fisher_mask\nbase_model: a\nparameters: {prior: 1, normalize: tensor}\nslices:\n"
+        "  - base_model: p\n    sources: [{model: a}, {model: b, parameters: {weight: 2e-1}}, {model: p}]\n"
+    )
+    assert read_coefficients(read_recipe(path)).weights == {"a": 1.0, "b": 0.2}
+
+
+def test_a_recipe_that_builds_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    recipe, _, _ = pair(tmp_path, "bert-tokens", "token-classification")
+    rewritten(recipe, "eval: ", "data: ")
+    recipe.write_text(recipe.read_text() + "fisher: {samples: 3}\ntokenizer: {source: union}\n")
+    assert "with the models' own tokenizers, not with the one that tokenizer builds" in refused(recipe)
+
+
 def changed(text: str, tmp_path: Path, normalize: str | None = "model") -> Any:
     """A recipe with every counted lambda doubled but the first, and another ``normalize``."""
     path = tmp_path / "some.yml"

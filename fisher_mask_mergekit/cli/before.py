@@ -105,13 +105,14 @@ def inspect(
 
             is_recipe = bool(found)
             page = recipe_page(Path(targets[0]).name, found, shares) if is_recipe else sidecars_page(drawn)
-            write_result(html_file, page.encode())
         if png_file is not None:
             from fisher_mask_mergekit.pages.fisher_pictures import head_fisher_map
             from fisher_mask_mergekit.pages.text import headings
 
             names = headings([sidecar.metadata.checkpoint for sidecar in drawn])
             head_fisher_map(dict(zip(names, drawn, strict=True)), png_file)
+        if html_file is not None:  # Last: without a sidecar there is a page, but no heat map.
+            write_result(html_file, page.encode())
         if as_json:
             print_json(inspection.as_json(sidecars, shares))
             return

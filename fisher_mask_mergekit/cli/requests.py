@@ -55,7 +55,7 @@ def requests(target: str, overrides: dict[str, Any], out: Path | None, *, looks:
     published = {name for name, path in paths.items() if path.startswith(hub.PREFIX)}
     measurable = [m for m in recipe.models if m.settings is not None and m.name not in published]
     for model in recipe.models if looks else ():
-        if model not in measurable and not (model.is_base and model.weight is None):
+        if model not in measurable and model.counts:
             _check_has_sidecar(model, target)
     if out is not None and len(measurable) > 1:
         raise RecipeError("--out takes one model; for a recipe, give each model  parameters: {sidecar: PATH}")
@@ -78,6 +78,11 @@ def _check_has_sidecar(model: "RecipeModel", recipe: str) -> None:
     from fisher_mask_mergekit.checkpoint import locate
 
     found = store.sidecar_of(model.sidecar, None if model.sidecar else locate(model.name), model.kind)
+    if isinstance(found, Path) and not found.exists():
+        raise RecipeError(
+            f"{recipe}: {model.name} has no data to measure it on, and its sidecar {found} does not exist; "
+            "correct the path, or add  fisher: {data: DATASET}  beside it"
+        )
     if found is None:
         raise RecipeError(
             f"{recipe}: {model.name} has no sidecar and no data to measure it on; "

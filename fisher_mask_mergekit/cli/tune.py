@@ -93,7 +93,10 @@ def _report(tuning: "Tuning", study: "Study") -> "Iterator[str]":
     )
     yield ""
     untuned, tuned = quote(str(tuning.recipe.path)), quote(str(tuning.out))
-    names = [quote(f"merged-{path.stem}") for path in (tuning.recipe.path, tuning.out)]
+    stems = [tuning.recipe.path.stem, tuning.out.stem]
+    if stems[0] == stems[1]:
+        stems[1] += "-tuned"
+    names = [quote(f"merged-{stem}") for stem in stems]
     yield f"    mergekit-yaml {untuned} {names[0]}"
     yield f"    mergekit-yaml {tuned} {names[1]}"
     yield f"    mergekit-fisher evaluate {untuned} {' '.join(names)}"

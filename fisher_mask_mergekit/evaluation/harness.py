@@ -17,7 +17,7 @@ import torch
 from fisher_mask_mergekit.checkpoint import Checkpoint, locate
 from fisher_mask_mergekit.errors import CheckpointError, FisherMaskError, RecipeError, first_line
 from fisher_mask_mergekit.evaluation.metrics import Metric, Scorer, ratio_of_sums
-from fisher_mask_mergekit.evaluation.plan import Options
+from fisher_mask_mergekit.evaluation.plan import Options, merge_lines
 from fisher_mask_mergekit.evaluation.predictions import Array, Predictions
 from fisher_mask_mergekit.evaluation.run import Evaluation, checkpoint_parts
 from fisher_mask_mergekit.evaluation.scores import OWN, Results, TaskScores, score_task
@@ -64,7 +64,7 @@ def harness(
         raise RecipeError("--lm-eval needs lm-evaluation-harness:  pip install 'lm-eval[hf]'") from error
     models = [model for model in recipe.models if model.is_merged]
     own = [_causal(model.name, model, options) for model in models]
-    merges = short_names([OWN, *merged])[1:]
+    merges = merge_lines(merged)
     encoders = [_causal(folder, models[0], options) for folder in merged]
     runs, notes, found = 0, [], {}
     for checkpoint in (*own, *encoders):

@@ -147,9 +147,14 @@ def plan(recipe: Recipe, merged: Sequence[str], options: Options) -> Plan:
     found = [(folder, stored(folder)) for folder in map(locate, merged)]
     merges = [
         Merge(line, encoder, folder)
-        for line, (folder, encoder) in zip(short_names([OWN, *merged])[1:], found, strict=True)
+        for line, (folder, encoder) in zip(merge_lines(merged), found, strict=True)
     ]
     return plan_merges(subjects(recipe, options), merges, options)
+
+
+def merge_lines(merged: Sequence[str]) -> list[str]:
+    """What tables call merged folders, none like the fine-tuned models' own scores."""
+    return [f"./{line}" if line == OWN else line for line in short_names([OWN, *merged])[1:]]
 
 
 def subjects(recipe: Recipe, options: Options) -> list[Subject]:

@@ -1,6 +1,7 @@
 """What a model said of every sample, beside what was right: all metrics are computed from this."""
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from io import BytesIO
@@ -122,6 +123,6 @@ def load_predictions(path: Path) -> Predictions | None:
     try:
         with numpy.load(path, allow_pickle=False) as stored:
             values = {field.name: stored[field.name] for field in fields(Predictions)}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile, zlib.error):
         return None
     return Predictions(**values | {name: int(values[name]) for name in ("count", "truncated")})

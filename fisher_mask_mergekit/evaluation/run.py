@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from fisher_mask_mergekit.evaluation.predictions import (
 from fisher_mask_mergekit.evaluation.scores import Results, score_task
 from fisher_mask_mergekit.execution import model_errors
 from fisher_mask_mergekit.loading import load_model, load_tokenizer, longest
-from fisher_mask_mergekit.store import alone, cache_folder
+from fisher_mask_mergekit.store import alone, cache_folder, file_digest
 from fisher_mask_mergekit.tasks import Tokenization
 
 Progress = Callable[[str], AbstractContextManager[tuple[Callable[[int], None], Callable[[Any], None]]]]
@@ -195,9 +194,3 @@ def content_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         lines[name] = f"{name} {list(tensor.shape)} {tensor.dtype} {hashlib.sha256(values).hexdigest()}\n"
     return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

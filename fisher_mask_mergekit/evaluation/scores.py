@@ -41,14 +41,14 @@ class TaskScores:
     def normalised(self, line: str) -> Resampled:
         """Merged over own score, times 100; own over merged where less is better.
 
-        Not a number where a score is not above zero.
+        Not a number where the score that is divided by is not above zero.
         """
         ratio = partial(normalise, higher_is_better=self.metrics[0].higher_is_better)
         return Resampled.of(ratio, self.first(OWN), self.first(line))
 
 
 def normalise(own: Array, merged: Array, *, higher_is_better: bool) -> Array:
-    """Merged over own score, times 100; own over merged where less is better; not a number below zero."""
+    """Merged over own score, times 100; own over merged where less is better; not a number where the divisor is not above zero."""
     above, below = (merged, own) if higher_is_better else (own, merged)
     with numpy.errstate(divide="ignore", invalid="ignore"):
         return numpy.where(below > 0, 100 * above / below, numpy.nan)

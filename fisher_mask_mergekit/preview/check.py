@@ -61,7 +61,7 @@ def _settings(recipe: Recipe, document: Mapping[str, Any]) -> Iterator[Finding]:
         )  # fmt: skip
     for model in recipe.models:
         is_parent = recipe.has_prior and model.settings is None
-        if model.is_base and model.weight is None and _is_listed(model.name, document) and not is_parent:
+        if not model.counts and _is_listed(model.name, document) and not is_parent:
             yield Finding(
                 "warning", "weight", f"{model.name} is listed, but as the base model it does not count without a weight",
                 "parameters: {weight: 1.0} beside it; or, if it is only the others' parent, out of the list",

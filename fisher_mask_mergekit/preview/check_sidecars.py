@@ -99,7 +99,7 @@ def _of_parameters(
 def _needed(recipe: Recipe, outputs: Sequence[Output]) -> set[str]:
     """The models that count in a tensor beside others."""
     if not outputs:
-        return {model.name for model in recipe.models if not (model.is_base and model.weight is None)}
+        return {model.name for model in recipe.models if model.counts}
     needed = set()
     for output in outputs:
         try:

@@ -94,7 +94,7 @@ def _weight(model: RecipeModel, where: Path) -> float | None:
             f"{where}: the weight of {model.name} is not one plain number (a filter, a gradient, or different in "
             "different places); tune moves one number per model"
         )
-    weight = (None if model.is_base else 1.0) if model.weight is None else model.weight
+    weight = (1.0 if model.counts else None) if model.weight is None else model.weight
     if weight is not None and not 0 <= weight < math.inf:
         raise RecipeError(f"{where}: weight of {model.name} is {weight}; expected a number of 0 or more")
     return weight

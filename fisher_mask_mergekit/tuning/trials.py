@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from fisher_mask_mergekit.errors import DataError, RecipeError
-from fisher_mask_mergekit.evaluation.plan import HEADED, Contender, Merge, Options, Subject, plan_merges
+from fisher_mask_mergekit.evaluation.plan import Contender, Merge, Options, Subject, plan_merges
 from fisher_mask_mergekit.evaluation.run import run_contender
 from fisher_mask_mergekit.evaluation.scores import normalise
 from fisher_mask_mergekit.in_memory import merge_in_memory
@@ -94,15 +94,15 @@ def _score(subject: Subject, contender: Contender, options: Options, device: tor
         return subject.metrics[0].scorer(predictions).value()
 
 
-def refuse_tokenizer(recipe: Recipe, subjects: Sequence[Subject]) -> None:
+def refuse_tokenizer(recipe: Recipe) -> None:
     """Refuse what a merge in memory cannot be run with.
 
     Raises:
-        RecipeError: If the recipe builds a tokenizer for a merge that has no head of the task's own.
+        RecipeError: If the recipe builds a tokenizer.
     """
     for key in ("tokenizer", "tokenizer_source"):
-        if recipe.document.get(key) and any(one.task.name not in HEADED for one in subjects):
+        if recipe.document.get(key):
             raise RecipeError(
-                f"{recipe.path}: tune runs a language model's merge with the model's own tokenizer, not with the one "
-                f"that {key} builds; remove {key}"
+                f"{recipe.path}: tune runs every merge with the models' own tokenizers, not with the one that {key} "
+                f"builds; remove {key}"
             )

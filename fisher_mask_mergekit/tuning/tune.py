@@ -15,9 +15,9 @@ import torch
 from fisher_mask_mergekit.checkpoint import locate
 from fisher_mask_mergekit.errors import RecipeError
 from fisher_mask_mergekit.evaluation.plan import Options, Subject
-from fisher_mask_mergekit.evaluation.run import checkpoint_parts, file_digest
+from fisher_mask_mergekit.evaluation.run import checkpoint_parts
 from fisher_mask_mergekit.recipe import Recipe
-from fisher_mask_mergekit.store import alone, check_writable, write_whole
+from fisher_mask_mergekit.store import alone, check_writable, file_digest, write_whole
 from fisher_mask_mergekit.tuning.coefficients import LINEAR, Coefficients, normalizations, read_coefficients
 from fisher_mask_mergekit.tuning.held_back import held_back, sidecar_path
 from fisher_mask_mergekit.tuning.study import Study, read_study, save_study, suggest
@@ -101,6 +101,7 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     if out.exists() and not study_path.exists():
         raise RecipeError(f"{out} exists, and no study beside it; remove it, or choose another OUT")
     own = read_coefficients(recipe)
+    refuse_tokenizer(recipe)
     text = recipe.path.read_text(encoding="utf-8")
     # That the best can be written is not found out last: all lambdas apart, another normalize, another prior.
     apart = {name: place + 1.0 for place, name in enumerate(own.octaves)}
@@ -108,7 +109,6 @@ def prepare(recipe: Recipe, out: Path, samples: int, options: Options, device: t
     written(recipe, text, own.at(apart, another, 1.0), [])
     held = held_back(recipe, samples, options)
     subjects = held.subjects
-    refuse_tokenizer(recipe, subjects)
     study = read_study(study_path, _key(recipe, subjects, samples, options, device))
     if out.exists() and _digest(out.read_bytes()) not in study.written:
         raise RecipeError(f"{out} exists, and is not what this run wrote; remove it, or choose another OUT")
