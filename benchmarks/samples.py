@@ -18,7 +18,7 @@ import summary
 from compare import arguments, bench, compare, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ways import AVERAGE, Way, clipped, factored, from_parent, mask
+from ways import AVERAGE, Way, factored, from_parent, mask
 
 from fisher_mask_mergekit.evaluation.table import aligned
 
@@ -37,7 +37,6 @@ def schemes(**measured: Any) -> dict[str, Way]:
     """The ways to merge that are compared, by name."""
     return {
         "masks": mask("", {"normalize": "model"}, **measured),
-        "columns, prior 1, clip": clipped(from_parent(mask("", {"nodes": "columns"}, **measured), 1)),
         "all, prior 1": from_parent(factored("", **measured), 1),
     }
 
@@ -113,7 +112,7 @@ def markdown(record: Mapping[str, Any]) -> dict[str, str]:
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Mean normalised score against the number of samples, one line per source, its span over seeds in colour."""
     found = record["records"]
-    figure = Figure(figsize=(4 * len(schemes()), 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(schemes()), sharey=True)
     for axis, (scheme, sources) in zip(axes, points(found).items(), strict=True):

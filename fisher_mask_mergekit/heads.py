@@ -3,12 +3,13 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from fisher_mask_mergekit.checkpoint import (
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 from fisher_mask_mergekit.sites import Shapes
+from fisher_mask_mergekit.skeleton import skeleton
 from fisher_mask_mergekit.store import alone
 
 Pooler = Literal["own", "average"]
@@ -93,11 +95,10 @@ def write_heads(recipe: Recipe, merged: str, out: Path, pooler: Pooler = "own") 
             raise RecipeError(f"{folder} exists; remove it, or choose another folder")
     encoder = stored(locate(merged))
     own = [locate(model.name) for model in models]
-    for checkpoint in own:
-        check_encoder(checkpoint, encoder)
+    encoders = [encoder_of(checkpoint, encoder) for checkpoint in own]
     average = average_pooler(models, own) if pooler == "average" else {}
-    for checkpoint, folder in zip(own, folders, strict=True):
-        _write(checkpoint, encoder, average, folder)
+    for checkpoint, its, folder in zip(own, encoders, folders, strict=True):
+        _write(checkpoint, its, average, folder)
     return folders
 
 
@@ -109,8 +110,8 @@ def short_names(models: list[str]) -> list[str]:
     return [model.strip("/").replace("/", "--") for model in models]
 
 
-def check_encoder(checkpoint: Checkpoint, encoder: Encoder) -> None:
-    """Refuse a merge that is none of a checkpoint's encoder.
+def encoder_of(checkpoint: Checkpoint, encoder: Encoder) -> Encoder:
+    """A merge as a checkpoint's files have its encoder: experts one by one, where mergekit wrote all in one tensor.
 
     Args:
         checkpoint: One of what was merged.
@@ -120,9 +121,12 @@ def check_encoder(checkpoint: Checkpoint, encoder: Encoder) -> None:
         CheckpointError: If it lacks a tensor of the encoder, or has another shape for it, or its tokens have other
             ids than the checkpoint's, whose tokenizer it is to be run with.
     """
+    own = tensor_shapes(checkpoint)
+    if any(name not in encoder.shapes for name in own if not is_head(name)):
+        encoder = _taken_apart(checkpoint, encoder, own)
     unlike = [
         (name, shape)
-        for name, shape in tensor_shapes(checkpoint).items()
+        for name, shape in own.items()
         if not is_head(name) and encoder.shapes.get(name) != shape
     ]
     if encoder.folder is not None:
@@ -132,6 +136,39 @@ def check_encoder(checkpoint: Checkpoint, encoder: Encoder) -> None:
         raise CheckpointError(
             f"{encoder.name} is not a merge of {checkpoint.name}: {name}: expected {shape}, got {got}"
         )
+    return encoder
+
+
+def _taken_apart(checkpoint: Checkpoint, encoder: Encoder, own: Shapes) -> Encoder:
+    """The merge with what a checkpoint's files do not have in the pieces that transformers saves it in."""
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    kind = getattr(transformers, (read_config(checkpoint).get("architectures") or [""])[0], None)
+    if kind is None:  # Its code comes with it, and says nothing of pieces.
+        return encoder
+    with transformers_errors(checkpoint):
+        model = skeleton(
+            kind, transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        )
+    kept = [name for name in encoder.shapes if name in own or is_head(name)]
+    whole = [name for name in encoder.shapes if name not in kept]
+    pieces: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in whole:
+        saved = revert_weight_conversion(model, {name: torch.empty(encoder.shapes[name], device="meta")})
+        pieces |= {piece: (name, tuple(tensor.shape)) for piece, tensor in saved.items()}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        wanted = set(names)
+        yield from encoder.read(name for name in kept if name in wanted)
+        for name, tensor in encoder.read({pieces[name][0] for name in wanted if name in pieces}):
+            saved = revert_weight_conversion(model, {name: tensor})
+            yield from ((piece, value.clone()) for piece, value in saved.items() if piece in wanted)
+
+    shapes = {name: encoder.shapes[name] for name in kept} | {
+        piece: shape for piece, (_, shape) in pieces.items()
+    }
+    return replace(encoder, shapes=shapes, read=read)
 
 
 def _check_vocabulary(own: Checkpoint, merge: Checkpoint, *, resized: bool) -> None:
@@ -232,7 +269,7 @@ def headed_state(checkpoint: Checkpoint, encoder: Encoder, pooler: Mapping[str, 
 
     Args:
         checkpoint: Whose head.
-        encoder: The merge.
+        encoder: The merge, as :func:`encoder_of` gives it.
         pooler: Tensors that take the place of the checkpoint's own pooler.
     """
     own_shapes = tensor_shapes(checkpoint)

@@ -10,9 +10,15 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, GPT2Config, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForSequenceClassification,
+)
 
-from fisher_mask_mergekit.checkpoint import locate
+from fisher_mask_mergekit.checkpoint import locate, tensor_shapes
 from fisher_mask_mergekit.draft import draft_recipe
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.evaluation.plan import Options, plan
@@ -20,6 +26,7 @@ from fisher_mask_mergekit.heads import average_pooler, is_head, write_heads
 from fisher_mask_mergekit.recipe import read_recipe
 from tests import tiny
 from tests.families import FAMILIES, Family
+from tests.test_end_to_end import quickly
 
 # Only what tensors are called is asked, so one family of a configuration class will do.
 CLASSIFIED = {
@@ -160,3 +167,33 @@ def test_gpt2_gets_the_merged_embeddings(tmp_path: Path) -> None:
                             for one in (tmp_path / folder.name, parent, folder))  # fmt: skip
         assert_close(got["transformer.wte.weight"], merged["transformer.wte.weight"], rtol=0, atol=0)
         assert_close(got["score.weight"], own["score.weight"], rtol=0, atol=0)
+
+
+def test_experts_that_mergekit_wrote_in_one_tensor_are_taken_apart(tmp_path: Path) -> None:
+    """As the checkpoints have them: the merge's layers under each one's own head, and their scores the merge's."""
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = Qwen3MoeConfig(
+            vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, intermediate_size=48, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
+            num_labels=2, pad_token_id=0, max_position_embeddings=40,
+        )  # fmt: skip
+        folders.append(tiny.save(Qwen3MoeForSequenceClassification(config), tmp_path / f"model{seed}"))
+    data = tiny.write_data(tmp_path / "data.jsonl")
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        draft_recipe([str(folder) for folder in folders], [str(data)] * 2).replace("fisher_mask", "linear")
+    )
+    merged = tmp_path / "merged"
+    quickly("mergekit-yaml", path, merged, "--no-write-model-card")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensor_shapes(locate(str(merged)))
+    write_heads(read_recipe(path), str(merged), tmp_path / "tasks")
+    batch = tiny.batches(tiny.samples(3), 3)[0].inputs
+    whole = Qwen3MoeForSequenceClassification.from_pretrained(merged).eval()
+    for folder in folders:
+        own = Qwen3MoeForSequenceClassification.from_pretrained(folder).eval()
+        headed = Qwen3MoeForSequenceClassification.from_pretrained(tmp_path / "tasks" / folder.name)
+        for name, value in headed.state_dict().items():
+            assert_close(value, (own if is_head(name) else whole).state_dict()[name], rtol=0, atol=0)
+        assert headed.eval()(**batch).logits.isfinite().all()

@@ -19,7 +19,7 @@ from fisher_mask_mergekit.heads import (
     Encoder,
     Pooler,
     average_pooler,
-    check_encoder,
+    encoder_of,
     headed_state,
     short_names,
     stored,
@@ -269,8 +269,7 @@ def _merged(subject: Subject, merge: Merge, pooler: Mapping[str, Tensor], option
     """A merge as it is put to a subject's task."""
     own, encoder, trust = subject.checkpoint, merge.encoder, options.trust_remote_code
     if subject.task.name in HEADED:
-        check_encoder(own, encoder)
-        state = partial(headed_state, own, encoder, pooler)
+        state = partial(headed_state, own, encoder_of(own, encoder), pooler)
         return replace(_own(subject, options), line=merge.line, state=state)
     checkpoint = merge.checkpoint or own
     config = merge.config or load_config(checkpoint, trust_remote_code=trust)
