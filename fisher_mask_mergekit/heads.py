@@ -14,7 +14,6 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from fisher_mask_mergekit.checkpoint import (
-    TOKENIZER_FILES,
     Checkpoint,
     locate,
     read_config,
@@ -28,6 +27,7 @@ from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 from fisher_mask_mergekit.sites import Shapes
 from fisher_mask_mergekit.skeleton import skeleton
 from fisher_mask_mergekit.store import alone
+from fisher_mask_mergekit.vocabulary import first_unlike, vocabulary
 
 Pooler = Literal["own", "average"]
 # What token, position and distance embeddings are called where they are not called so: GPT-2's, BART's and T5's, CTRL's.
@@ -173,45 +173,23 @@ def _taken_apart(checkpoint: Checkpoint, encoder: Encoder, own: Shapes) -> Encod
 
 def _check_vocabulary(own: Checkpoint, merge: Checkpoint, *, resized: bool) -> None:
     """Refuse other tokens than a checkpoint's own: in its place another, or, where tensors differ in size, one more or less."""
-    ours, theirs = (_vocabulary(one) for one in (own, merge))
+    ours, theirs = (vocabulary(one) for one in (own, merge))
     if ours is None or theirs is None:
         return
-    by_id = {index: token for token, index in theirs.items()}
-    for token, index in sorted(ours.items(), key=lambda item: item[1]):
-        there = theirs.get(token)
-        if there != index and (resized or there is not None or index in by_id):
-            said = f"'{token}' is token {index} of the model and " + (
-                "none of the merge" if there is None else f"token {there} of the merge"
-            )
-            break
-    else:
-        if not resized or len(theirs) == len(ours):
-            return
+    unlike = first_unlike(ours, theirs, lacking_too=resized)
+    if unlike is not None:
+        token, index, there = unlike
+        said = f"'{token}' is token {index} of the model and " + (
+            "none of the merge" if there is None else f"token {there} of the merge"
+        )
+    elif resized and len(theirs) != len(ours):
         said = f"the merge has {len(theirs)} tokens, the model {len(ours)}"
+    else:
+        return
     raise CheckpointError(
         f"{merge.name} has another vocabulary than {own.name}: {said}. The model's own tokenizer does not fit the merge's "
         "embeddings: merge models of one vocabulary, with neither tokenizer nor tokenizer_source in the recipe"
     )
-
-
-def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
-    """Every token's id; None if there is no tokenizer, or only one that code of its own makes."""
-    if not any(file for pattern in TOKENIZER_FILES for file in checkpoint.folder.glob(pattern)):
-        return None
-    whole = checkpoint.folder / "tokenizer.json"
-    with transformers_errors(checkpoint):
-        if whole.is_file():
-            from tokenizers import Tokenizer
-
-            return Tokenizer.from_file(str(whole)).get_vocab()
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False).get_vocab()
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                return None
-            raise
 
 
 def average_pooler(models: Iterable[RecipeModel], own: Iterable[Checkpoint]) -> dict[str, Tensor]:

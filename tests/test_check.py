@@ -511,3 +511,26 @@ def test_a_recipe_for_the_full_fisher_information(tmp_path: Path) -> None:
 def test_a_recipe_that_contains_itself_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text("merge_method: fisher_mask\nmodels: [{model: a}]\nx: &x [*x]\n")
     assert [finding.level for finding in check_recipe(tmp_path / "recipe.yml")].count("error") >= 1
+
+
+def swapped(folder: Path, one: str, other: str) -> None:
+    """Another tokenizer of the same size: two words in each other's place."""
+    file = folder / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    words = whole["model"]["vocab"]
+    words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(whole))
+
+
+def test_tokens_that_have_other_ids_are_warned_of(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    assert findings(tmp_path, pair) == []
+    swapped(pair[1], "w9", "w20")
+    level, what, detail, remedy = only(findings(tmp_path, pair))
+    assert (level, what) == ("warning", "vocabulary")
+    assert f"'w9' is token 9 of {pair[0]} and token 20 of {pair[1]}" in detail
+    assert "tokenizer: {source: base}" in remedy
+    assert findings(tmp_path, pair, tokenizer={"source": "base"}) == []
+    (pair[1] / "tokenizer.json").write_text("{}")
+    level, what, detail, _ = only(findings(tmp_path, pair))
+    assert (level, what) == ("warning", "vocabulary")
+    assert str(pair[1]) in detail

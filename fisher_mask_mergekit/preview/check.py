@@ -13,6 +13,7 @@ from fisher_mask_mergekit.preview.findings import Finding
 from fisher_mask_mergekit.preview.peek import Peeked, peek
 from fisher_mask_mergekit.preview.plan import Output
 from fisher_mask_mergekit.recipe import METHOD, Recipe, read_recipe
+from fisher_mask_mergekit.vocabulary import first_unlike, vocabulary
 
 
 def check_recipe(path: Path) -> list[Finding]:
@@ -43,6 +44,8 @@ def check_recipe(path: Path) -> list[Finding]:
         outputs, found = planned(recipe, models)
         findings += found
         findings += check_merge(recipe, models, outputs)
+    if not any(one.what == "vocabulary" for one in findings):
+        findings += _tokens(recipe, models)
     if recipe.kind is not None:
         findings += check_sidecars(recipe, models, outputs)
     return sorted(findings, key=lambda finding: finding.level)
@@ -82,6 +85,36 @@ def _is_listed(name: str, document: Mapping[str, Any]) -> bool:
         for part in entries
         for entry in part.get("models") or part.get("sources") or ()
     )
+
+
+def _tokens(recipe: Recipe, models: Mapping[str, Peeked]) -> Iterator[Finding]:
+    """Models whose tokens have other ids: mergekit averages the rows of unlike tokens, and sees nothing of it."""
+    if recipe.document.get("tokenizer") or recipe.document.get("tokenizer_source"):
+        return
+    first: tuple[str, dict[str, int]] | None = None
+    for name, peeked in models.items():
+        try:
+            found = vocabulary(peeked.checkpoint)
+        except CheckpointError as error:
+            yield Finding(
+                "warning",
+                "vocabulary",
+                str(error),
+                f"save {name} with the tokenizer that it was trained with",
+            )
+            continue
+        if found is None:
+            continue
+        if first is None:
+            first = name, found
+        elif unlike := first_unlike(first[1], found):
+            token, here, there = unlike
+            other = "none" if there is None else f"token {there}"
+            yield Finding(
+                "warning", "vocabulary", f"'{token}' is token {here} of {first[0]} and {other} of {name}: rows of unlike tokens "
+                "would be averaged",
+                "merge models of one tokenizer; or let mergekit align the vocabularies:  tokenizer: {source: base}",
+            )  # fmt: skip
 
 
 def _classes(models: Mapping[str, Peeked]) -> Iterator[Finding]:
