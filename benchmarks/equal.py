@@ -14,7 +14,7 @@ from typing import Any
 
 import summary
 from compare import add_runs_option, arguments, bench, compare, with_runs, write
-from ways import ALL, AVERAGE, COLUMNS, MASK, Way, clipped, from_parent
+from ways import ALL, AVERAGE, COLUMNS, MASK, Way, arithmetic, clipped, from_parent
 
 from fisher_mask_mergekit.evaluation.table import aligned
 
@@ -26,12 +26,6 @@ def equal(name: str, prior: float) -> Way:
     """Clipped from the parent, every element alike."""
     parameters = {"missing": "average", "normalize": "tensor", "prior": prior, "clip": True}
     return Way(f"equal, {name}, clip", "fisher_mask", parameters, with_parent=True)
-
-
-def arithmetic(weight: float) -> Way:
-    """The sum of so much of every change."""
-    each = {"weight": weight}
-    return Way(f"task_arithmetic {weight}", "task_arithmetic", {"normalize": False}, each, with_parent=True)
 
 
 WAYS = (

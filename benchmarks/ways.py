@@ -86,19 +86,16 @@ def clipped(way: Way) -> Way:
     return replace(way, name=f"{way.name}, clip", parameters={**way.parameters, "clip": True})
 
 
+def arithmetic(weight: float) -> Way:
+    """The parent and so much of every change."""
+    each = {"weight": weight}
+    return Way(f"task_arithmetic {weight}", "task_arithmetic", {"normalize": False}, each, with_parent=True)
+
+
 WITHOUT_DATA = (
     # What their papers recommend where nothing can be tuned; 0.7 is near what equal Fisher information gives two models from
     # their parent. The disjoint mean of TIES is mergekit's `normalize`.
-    *(
-        Way(
-            f"task_arithmetic {weight}",
-            "task_arithmetic",
-            {"normalize": False},
-            {"weight": weight},
-            with_parent=True,
-        )
-        for weight in (0.4, 0.7)
-    ),
+    *map(arithmetic, (0.4, 0.7)),
     Way("ties", "ties", {"normalize": True}, {"weight": 1.0, "density": 0.2}, with_parent=True),
     Way("dare_ties", "dare_ties", {"normalize": True}, {"weight": 1.0, "density": 0.5}, with_parent=True),
     Way("model_stock", "model_stock", with_parent=True),

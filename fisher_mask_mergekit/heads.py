@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
@@ -20,12 +21,11 @@ from fisher_mask_mergekit.checkpoint import (
     read_tensors,
     side_files,
     tensor_shapes,
-    transformers_errors,
 )
 from fisher_mask_mergekit.errors import CheckpointError, RecipeError
 from fisher_mask_mergekit.recipe import Recipe, RecipeModel
 from fisher_mask_mergekit.sites import Shapes
-from fisher_mask_mergekit.skeleton import skeleton
+from fisher_mask_mergekit.skeleton import named_skeleton
 from fisher_mask_mergekit.store import alone
 from fisher_mask_mergekit.vocabulary import first_unlike, vocabulary
 
@@ -141,16 +141,9 @@ def encoder_of(checkpoint: Checkpoint, encoder: Encoder) -> Encoder:
 
 def _taken_apart(checkpoint: Checkpoint, encoder: Encoder, own: Shapes) -> Encoder:
     """The merge with what a checkpoint's files do not have in the pieces that transformers saves it in."""
-    import transformers
-    from transformers.core_model_loading import revert_weight_conversion
-
-    kind = getattr(transformers, (read_config(checkpoint).get("architectures") or [""])[0], None)
-    if kind is None:  # Its code comes with it, and says nothing of pieces.
+    model = named_skeleton(checkpoint)
+    if model is None:  # Its own code says nothing of pieces.
         return encoder
-    with transformers_errors(checkpoint):
-        model = skeleton(
-            kind, transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        )
     kept = [name for name in encoder.shapes if name in own or is_head(name)]
     whole = [name for name in encoder.shapes if name not in kept]
     pieces: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from fisher_mask_mergekit.checkpoint import Checkpoint, read_config, transformers_errors
 from fisher_mask_mergekit.sites import GovernedTensor, Shapes, Site
 from fisher_mask_mergekit.table import find_sites
 
@@ -23,6 +25,25 @@ def skeleton(model_class: Any, config: Any) -> Any:
     """The model on torch's meta device: modules and shapes, no values."""
     with torch.device("meta"):
         return model_class._from_config(config)
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """The class that a checkpoint's configuration names."""
+    return str((read_config(checkpoint).get("architectures") or ["no class"])[0])
+
+
+def named_skeleton(checkpoint: Checkpoint) -> Any:
+    """The skeleton of the class that a checkpoint's configuration names; None if that is not in transformers.
+
+    Raises:
+        CheckpointError: If transformers cannot make it.
+    """
+    model_class = getattr(transformers, architecture_of(checkpoint), None)
+    if model_class is None:  # Its code comes with it.
+        return None
+    with transformers_errors(checkpoint):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        return skeleton(model_class, config)
 
 
 def sites_in(model: Any) -> tuple[Site, ...]:

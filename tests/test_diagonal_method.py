@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from typer.testing import CliRunner, Result
 
-from fisher_mask_mergekit import diagonal_sidecar, merging, store
+from fisher_mask_mergekit import diagonal_sidecar, store
 from fisher_mask_mergekit.cli import app
 from fisher_mask_mergekit.diagonal_sidecar import INDEX, DiagonalSidecar, read_diagonal
 from fisher_mask_mergekit.errors import CheckpointError
 from fisher_mask_mergekit.job import prepare
 from fisher_mask_mergekit.merging import MergeError
-from fisher_mask_mergekit.opening import AnySidecar, read_any
+from fisher_mask_mergekit.opening import AnySidecar
 from fisher_mask_mergekit.parameter_merge import merge_elements
 from fisher_mask_mergekit.prepass import compute
 from fisher_mask_mergekit.seal import seal
@@ -31,6 +31,7 @@ from tests import tiny, tiny_tasks
 from tests.families import FAMILIES, Fails, Family, Loses, build, sibling
 from tests.test_architectures import WITHOUT_TASK, row_for
 from tests.test_diagonal_sidecar import made_up, write_for
+from tests.test_method import sidecars_read
 
 WEIGHT = "bert.encoder.layer.0.output.dense.weight"
 
@@ -156,13 +157,7 @@ def test_a_mean_that_divides_nothing_is_an_error(inputs: Inputs) -> None:
 
 
 def test_an_index_is_read_once_until_it_is_another(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths: list[str] = []
-
-    def counted(path: Path, kind: Kind) -> AnySidecar:
-        paths.append(str(path))
-        return read_any(path, kind)
-
-    monkeypatch.setattr(merging, "read_any", counted)
+    paths = sidecars_read(monkeypatch)
     inputs.merge()
     inputs.merge()
     assert sorted(paths) == inputs.paths

@@ -391,7 +391,8 @@ def test_what_to_run_for_a_model_whose_sidecar_is_on_the_hub(tmp_path: Path) -> 
         assert compute_command("org/one") == command
 
 
-def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def sidecars_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where the sidecars lie that merges read from here on, each time that one does."""
     paths: list[str] = []
 
     def counted(path: Path, kind: Kind) -> AnySidecar:
@@ -399,6 +400,11 @@ def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch:
         return read_any(path, kind)
 
     monkeypatch.setattr(merging, "read_any", counted)
+    return paths
+
+
+def test_a_sidecar_is_read_once_not_once_per_tensor(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = sidecars_read(monkeypatch)
     inputs.merge()
     inputs.merge()
     assert sorted(paths) == inputs.paths

@@ -13,12 +13,10 @@ from fisher_mask_mergekit.checkpoint import (
     Checkpoint,
     check_sizes,
     locate,
-    read_config,
     stored_shapes,
-    transformers_errors,
 )
 from fisher_mask_mergekit.errors import CheckpointError, first_line
-from fisher_mask_mergekit.skeleton import Shapes, skeleton
+from fisher_mask_mergekit.skeleton import Shapes, architecture_of, named_skeleton
 from fisher_mask_mergekit.store import BESIDE, adapted
 
 
@@ -39,7 +37,7 @@ class Peeked:
     @property
     def architecture(self) -> str:
         """The class that its configuration names."""
-        return (read_config(self.checkpoint).get("architectures") or ["no class"])[0]
+        return architecture_of(self.checkpoint)
 
     @property
     def is_foreign(self) -> bool:
@@ -54,13 +52,7 @@ class Peeked:
         Raises:
             CheckpointError: If transformers cannot make it.
         """
-        import transformers
-
-        if self.is_foreign:
-            return None
-        with transformers_errors(self.checkpoint):
-            config = transformers.AutoConfig.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
-            return skeleton(getattr(transformers, self.architecture), config)
+        return named_skeleton(self.checkpoint)
 
 
 def peek(name: str) -> Peeked:
